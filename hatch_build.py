@@ -9,9 +9,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 EXTRAS = {
+    "adapters": ["requirements-adapters.txt"],
     "gpu": ["requirements-gpu.txt"],
     "eval": ["requirements-eval.txt"],
-    "dev": ["requirements-dev.txt", "requirements-docs.txt", "requirements-export.txt"],
+    "dev": ["requirements-dev.txt", "requirements-docs.txt", "requirements-adapters.txt", "requirements-export.txt"],
     "export": ["requirements-export.txt"],
     "tracking": ["requirements-tracking.txt"],
 }

@@ -40,7 +40,7 @@ class Manifest:
     world_size: Count
     zero_stage: Count
     architecture: str
-    """Digest of the model's architecture. A run with another digest cannot resume from this checkpoint."""
+    """Digest of the model's architecture and adapter. A run with another cannot resume from this checkpoint."""
     data_fingerprint: str
     data_order: DataOrder = field(default_factory=dict)
     """Domain weights and skipped rows, in the form of `data.identity.data_order`."""
@@ -105,7 +105,7 @@ def check_compatible(path: Path, manifest: Manifest, expected: Manifest) -> None
     The world size may differ: such checkpoints are converted.
     """
     remedies = {
-        "architecture": "it holds a model of another architecture; choose another output_dir",
+        "architecture": "it holds a model of another architecture or adapter; choose another output_dir",
         "data_fingerprint": "it was trained on another token store; choose another output_dir",
         "zero_stage": f"it was written with engine.zero_stage={manifest.zero_stage}; use the same",
     }

@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from clex_train.config import duration
+from clex_train.config.adapter import AdapterConfig
 from clex_train.config.attention import AttentionConfig
 from clex_train.config.checkpoint import CheckpointConfig
 from clex_train.config.data import DataConfig, DomainConfig
@@ -49,6 +50,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -122,6 +124,7 @@ def _check_names(config: Config) -> None:
 def _check_between_groups(config: Config) -> None:
     model, engine, optim = config.model, config.engine, config.optim
     _check_names(config)
+    config.adapter.require_used()
     require(
         model.path is not None or model.config is not None,
         "model.path",

@@ -13,7 +13,7 @@ from clex_train.config.docs import describe
 from clex_train.config.root import Config
 from clex_train.utils.locations import CONF
 
-GROUPS = ("model", "data", "scaling", "attention", "engine", "optim", "evaluation", "tracking", "launch")
+GROUPS = ("model", "data", "scaling", "attention", "adapter", "engine", "optim", "evaluation", "tracking", "launch")
 WIDTH = 116
 
 USAGE = """\

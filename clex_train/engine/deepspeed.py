@@ -8,6 +8,7 @@ import atexit
 import math
 import os
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,6 +144,8 @@ def build(model: nn.Module, config: Config) -> Engine:
         # `open_process_group` has done it, with this run's timeout.
         dist_init_required=False,
     )
+    if config.adapter.is_used:
+        _leave_out_frozen_weights(built[0])
     return built[0]
 
 
@@ -249,6 +252,13 @@ def _gather_once(model: nn.Module) -> None:
         if tiled_mlp.is_tiled(module):
             for parameter in module.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def _leave_out_frozen_weights(engine: Any) -> None:
+    """Make an engine's checkpoints hold the trained parameters alone, and load such checkpoints."""
+    engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+    # The others keep the values that they were built with; `adapters.frozen_weights` compares those.
+    engine.load_checkpoint = partial(engine.load_checkpoint, load_module_strict=False)
 
 
 def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

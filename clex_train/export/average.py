@@ -67,6 +67,13 @@ def plan(run: Path, last: int) -> Plan:
             averaged field is out of bounds.
     """
     config = saved_config.read(run / saved_config.CONFIG)
+    require(
+        not config.adapter.is_used,
+        "run",
+        run,
+        f"was trained with adapter={config.adapter.name.value}: its checkpoints hold adapters alone, and the mean of "
+        "their factors A and B is not that of the products; use final/",
+    )
     found = weights.newest(run / "checkpoints", last)
     # Mapped files stay readable even if a run that is still training removes the checkpoint meanwhile.
     stored = [weights.open_weights(each) for each in found]

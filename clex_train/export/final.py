@@ -5,7 +5,7 @@ no config.json can state it, they refuse to build the model. `clex.json` keeps t
 program starts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,15 @@ def write_final(
     state_dict: dict[str, torch.Tensor],
     tokenizer: Tokenizer,
     t: float | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a model directory atomically. Rank 0 writes; collective.
 
     `state_dict` has the consolidated weights on rank 0 (`engine.deepspeed.consolidated_state_dict`), `t` is what
-    config.json states, by default t_max. Raises `RunStopped` on every rank when it cannot be written; the run's
-    checkpoints still have everything.
+    config.json states, by default t_max; `beside` writes more files into the new directory. Raises `RunStopped` on
+    every rank when it cannot be written; the run's checkpoints still have everything.
     """
-    distributed.write_on_main(lambda: write(directory, loaded, state_dict, tokenizer, t))
+    distributed.write_on_main(lambda: write(directory, loaded, state_dict, tokenizer, t, beside=beside))
 
 
 def write(
@@ -56,6 +57,7 @@ def write(
     tokenizer: Tokenizer,
     t: float | None,
     averaged: Sequence[int] = (),
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a model directory atomically in this process; `averaged` are the steps whose mean the weights are."""
     with atomic_directory(directory) as folder:
@@ -71,6 +73,8 @@ def write(
         if loaded.static is not None:
             # The config of the run states the start, from which a resumed run would begin again.
             recipes.with_learned(loaded.model.config, loaded.static.moved().detach()).save_pretrained(folder)
+        if beside is not None:
+            beside(folder)
         # Last, so that the checksums cover all files.
         checksums.write(folder)
     logger.info("saved the %s model to %s", "averaged" if averaged else "final", directory)

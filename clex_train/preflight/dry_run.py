@@ -23,6 +23,8 @@ def _summary(plan: Plan) -> Iterator[str]:
     config = plan.config
     yield f"plan of {config.name}"
     yield from summary.training(config, plan.subject, plan.batch, _data(config, plan.inputs))
+    for index, line in enumerate(plan.adapters.describe() if plan.adapters else ()):
+        yield summary.labelled("" if index else "adapter", line)
     trainable = "all" if plan.counts.trainable == plan.counts.total else f"{plan.counts.trainable:,}"
     yield summary.labelled("trained", f"{trainable} parameters, and {plan.num_learned:,} of the frequencies in float32")
     if not config.model.is_pretrained and plan.inputs.tokenizer is None:

@@ -21,6 +21,7 @@ from clex_train.config.root import Config
 from clex_train.config.scaling import Drift
 from clex_train.data.shards import part_len
 from clex_train.engine import deepspeed as engines
+from clex_train.model_config import size
 from clex_train.preflight import meta_model, model_states, sequence_parallel
 from clex_train.preflight.activations import Footprint
 from clex_train.preflight.model_states import MemoryUse
@@ -31,6 +32,7 @@ from clex_train.tracking import summary
 from clex_train.tracking.summary import Batch, Subject
 
 if TYPE_CHECKING:
+    from clex_train.adapters.trained_set import TrainedSet
     from clex_train.preflight.run_checks import Inputs, Preflight
 
 GIB = 2**30
@@ -63,6 +65,8 @@ class Plan:
     evaluation_cache: float
     """Bytes of the keys and values of the longest text that is evaluated during training; 0 for none."""
     inputs: Inputs
+    adapters: TrainedSet | None = None
+    """Adapters of the run; None if it trains every weight."""
 
     def totals(self) -> tuple[float, float, float]:
         """Sum the bytes on the device at each of `MOMENTS`."""
@@ -84,6 +88,8 @@ def make_plan(ready: Preflight) -> Plan:
     """Compute sizes and memory from the result of the checks."""
     config, arch, settings = ready.config, ready.arch, ready.settings
     counts, dtype = meta_model.count(ready.on_meta), engines.precision(config.engine)
+    if ready.adapters:
+        counts = meta_model.with_adapters(counts, ready.on_meta, ready.adapters)
     on_gpu = torch.cuda.is_available() or dtype is torch.bfloat16
     clex = _clex(config, counts)
     # Of `learn=ramp` there are two; the difference is nothing.
@@ -96,7 +102,7 @@ def make_plan(ready: Preflight) -> Plan:
         subject=Subject(
             weights=summary.weights_of(config.model, ready.model.path is not None),
             model_type=arch.model_type,
-            num_parameters=counts.total,
+            num_parameters=size.num_parameters(ready.on_meta),
             dtype=dtype,
             context_len=ready.context.length,
             context_source=ready.context.source,
@@ -108,6 +114,7 @@ def make_plan(ready: Preflight) -> Plan:
         parts=_parts(sharding, counts, footprint, clex, _document_mask(config, arch, dtype, settings)),
         evaluation_cache=0.0 if config.evaluation.every < 0 else _cache(arch, config.evaluation.longest(), dtype),
         inputs=ready.inputs,
+        adapters=ready.adapters,
     )
 
 
@@ -124,6 +131,7 @@ def _footprint(ready: Preflight, dtype: torch.dtype, learns_frequencies: bool, o
         # On a CPU the inputs of layers are in host memory already.
         engine=dataclasses.replace(engine, offload_activations=engine.offload_activations and on_gpu),
         learns_frequencies=learns_frequencies,
+        adapter=config.adapter,
     )
 
 

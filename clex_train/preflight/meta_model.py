@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from clex_train.adapters import lora, trained_set
+from clex_train.adapters.trained_set import TrainedSet
+from clex_train.config.adapter import AdapterConfig
 from clex_train.config.engine import EngineConfig
 from clex_train.engine import activation_offload, token_loss
 from clex_train.model_config.size import num_parameters
@@ -51,6 +54,21 @@ def count(model: PreTrainedModel) -> Counts:
     )
 
 
+def with_adapters(counts: Counts, model: PreTrainedModel, trained: TrainedSet) -> Counts:
+    """Add the adapters to the counts of the model below them, each to the block of its layer."""
+    added = [0] * len(counts.blocks)
+    for index, layer in enumerate(decoder_layers(model), start=1):
+        own = {id(module) for module in layer.modules()}
+        names = (name for name, module in model.named_modules() if id(module) in own)
+        added[index] = sum(trained.added(name) for name in names)
+    return dataclasses.replace(
+        counts,
+        total=counts.total + trained.num_adapter,
+        trainable=trained.num_trained,
+        blocks=tuple(block + more for block, more in zip(counts.blocks, added, strict=True)),
+    )
+
+
 def footprint(
     arch: PretrainedConfig,
     *,
@@ -60,10 +78,12 @@ def footprint(
     attention: str,
     engine: EngineConfig,
     learns_frequencies: bool,
+    adapter: AdapterConfig | None = None,
 ) -> Footprint:
     """Measure the activations of a micro-batch of `rows` rows of `tokens` tokens, this rank's part of each row.
 
     `attention` is a back end of transformers. `engine` sets recomputation, offloading, tiles and sequence parallelism.
+    With `adapter`, the weights are frozen, so that autograd keeps the inputs of adapted layers alone.
 
     Identical layers are measured with 2 and 3 of them and extrapolated: bytes are linear in the number of layers.
     """
@@ -72,6 +92,8 @@ def footprint(
     def measured(shape: PretrainedConfig) -> Footprint:
         model = on_meta(shape, dtype, implementation).train()
         host = SizesOnHost()
+        if adapter is not None and adapter.is_used:
+            lora.inject(model, trained_set.choose(model, adapter), seed=0)
         if engine.activation_checkpointing:
             recompute_layers(model)
         if engine.offload_activations:

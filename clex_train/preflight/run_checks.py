@@ -12,6 +12,9 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from clex_train.adapters import checks as adapters
+from clex_train.adapters import lora, trained_set
+from clex_train.adapters.trained_set import TrainedSet
 from clex_train.attention.select import check_attention
 from clex_train.checkpoint.listing import Found
 from clex_train.checkpoint.manifest import Manifest
@@ -114,6 +117,8 @@ class Preflight:
     """None without evaluations, and in a plan without the documents or the tokenizer."""
     history: History | None
     """None in a plan without the stores, which identify a checkpoint's data."""
+    adapters: TrainedSet | None = None
+    """Adapters of the run; None if it trains every weight."""
 
 
 def run_checks(config: Config, scope: Scope = Scope.run) -> Preflight:
@@ -129,6 +134,7 @@ def run_checks(config: Config, scope: Scope = Scope.run) -> Preflight:
         settings = engines.deepspeed_dict(config, world_size)
         _check_machine(config, scope)
         model, arch = _read_architecture(config, scope)
+        adapters.check_base(config, arch)
         inputs = _open_inputs(config, arch, scope)
         _check_weights(model, arch, scope)
         context = architecture.context_source(model, arch)
@@ -139,6 +145,7 @@ def run_checks(config: Config, scope: Scope = Scope.run) -> Preflight:
         config = kernels.resolve_attention(requested, arch)
         inputs = _pack(config, inputs)
         trained = _check_model(config, arch, context.length)
+        adapted = adapters.check(config, arch)
         evaluation = _plan_evaluation(config, inputs, trained, context.length)
         history = _read_history(requested, arch, trained, inputs, world_size) if inputs.is_complete else None
         on_meta = model_on_meta(arch, config.model.trust_remote_code)
@@ -146,7 +153,19 @@ def run_checks(config: Config, scope: Scope = Scope.run) -> Preflight:
         positions.warn_of_short_rows(config, context.length)
         final_model.warn_if_unreadable(config, arch, context.length)
     return Preflight(
-        requested, config, world_size, model, arch, trained, on_meta, context, settings, inputs, evaluation, history
+        requested,
+        config,
+        world_size,
+        model,
+        arch,
+        trained,
+        on_meta,
+        context,
+        settings,
+        inputs,
+        evaluation,
+        history,
+        adapted,
     )
 
 
@@ -162,6 +181,7 @@ def _check_machine(config: Config, scope: Scope) -> None:
     try:
         check_attention(config.attention.implementation)
         liger.check(config.engine.liger)
+        lora.require_peft(config.adapter)
         back_ends.require_ready(config.tracking)
     except ConfigError as error:
         if scope is Scope.run:
@@ -289,7 +309,8 @@ def _read_history(
     # `dry_run` does not change the run.
     config = replace(config, dry_run=False)
     run_dir = Path(config.output_dir)
-    identity = Manifest.from_config(config, architecture.digest(trained), data.fingerprint(inputs.stores))
+    trained_as = trained_set.identity(architecture.digest(trained), config.adapter)
+    identity = Manifest.from_config(config, trained_as, data.fingerprint(inputs.stores))
     is_strict = config.resume is Resume.strict
     checkpoints = Checkpoints(run_dir, config.checkpoint, identity, is_strict, run_folder.as_yaml(config))
     newest = checkpoints.newest()

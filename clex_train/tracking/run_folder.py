@@ -27,6 +27,7 @@ WRITTEN_FIRST = (LOCKS, CONFIG, "environment.json")
 """Entries that a launch creates in a new folder before it trains."""
 
 SAFE_TO_CHANGE = (
+    "adapter.save",
     "attention.implementation",
     "checkpoint.",
     "data.domains.",

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from clex_train.adapters import frozen_weights, lora
 from clex_train.config import duration
 from clex_train.config.root import Config
 from clex_train.engine import deepspeed as engines
@@ -39,7 +40,7 @@ def build(ready: Preflight, stop: StopRequests) -> Parts:
     loaded = _load(ready)
     ode = frequencies(config, loaded)
     engine = engines.build(loaded.model, config)
-    stop.deadline.assume("save", metrics.assumed_save_seconds(size.num_parameters(loaded.model)))
+    stop.deadline.assume("save", metrics.assumed_save_seconds(size.num_trained(loaded.model)))
     if ready.evaluation:
         ready.evaluation.interrupted = lambda: stop.reason() is not None
     optim = config.optim
@@ -55,6 +56,8 @@ def build(ready: Preflight, stop: StopRequests) -> Parts:
         stop=stop,
         spikes=SpikeWatch(optim.spike_factor, optim.spike_window) if optim.spike_factor else NoSpikeWatch(),
         sequence=sequence_parallel.build(loaded.model, config, engine.train_micro_batch_size_per_gpu()),
+        trained=ready.adapters,
+        frozen=frozen_weights.digest(loaded.model) if ready.adapters else "",
     )
 
 
@@ -74,6 +77,9 @@ def _load(ready: Preflight) -> load.LoadedModel:
     """Load the model, and install its kernels and memory options."""
     config, dtype = ready.config, engines.precision(ready.config.engine)
     loaded = load.load_for_training(config, ready.arch, dtype, ready.settings, ready.trained)
+    if ready.adapters:
+        # Before the kernels and tiles below, which take the layers as they find them.
+        lora.inject(loaded.model, ready.adapters, config.seed)
     kernels.announce(config, ready.arch, kernels.install(loaded.model, config))
     memory_options.install(loaded.model, config.engine)
     memory_options.announce(loaded.model, config.engine, distributed.device())

@@ -1,7 +1,9 @@
 """Write the model of a finished run into `final/`, and recognise a run that has it."""
 
+from functools import partial
 from pathlib import Path
 
+from clex_train.adapters import lora, merge
 from clex_train.data import conversations
 from clex_train.engine import deepspeed as engines
 from clex_train.export.final import is_finished as is_whole
@@ -15,12 +17,19 @@ logger = log.get(__name__)
 
 
 def save(parts: Parts, inputs: Inputs) -> None:
-    """Write the weights, the frequencies of the last step and the tokenizer. Collective."""
+    """Write the weights, with adapters merged, the frequencies of the last step and the tokenizer. Collective."""
     parts.loaded.solve_table()
-    conversations.stop_at_turns(parts.loaded.model.generation_config, inputs.stores)
-    final = Path(parts.config.output_dir) / saved_config.FINAL
-    weights, t = engines.consolidated_state_dict(parts.engine), parts.config.scaling.final_t
-    write_final(final, parts.loaded, weights, inputs.tokenizer, t)
+    config, trained, model = parts.config, parts.trained, parts.loaded.model
+    conversations.stop_at_turns(model.generation_config, inputs.stores)
+    final, beside = Path(config.output_dir) / saved_config.FINAL, None
+    weights, t = engines.consolidated_state_dict(parts.engine), config.scaling.final_t
+    if trained is not None:
+        if config.adapter.save:
+            found = merge.tensors(weights, trained)
+            beside = partial(merge.write, model=model, found=found, trained=trained, base=config.model.path)
+        weights = merge.merge(weights, trained)
+        lora.remove(model)
+    write_final(final, parts.loaded, weights, inputs.tokenizer, t, beside)
 
 
 def is_finished(ready: Preflight) -> bool:
@@ -30,7 +39,9 @@ def is_finished(ready: Preflight) -> bool:
         return False
     engines.open_process_group(config.engine)
     final = Path(config.output_dir) / saved_config.FINAL
-    if not is_whole(final):
+    # A finished run is written again when it is asked for its adapter.
+    lacks_adapter = config.adapter.save and not (final / merge.FOLDER).is_dir()
+    if not is_whole(final) or distributed.any_rank(lacks_adapter):
         return False
     logger.info("%s is finished: its final model is in %s", config.output_dir, final)
 

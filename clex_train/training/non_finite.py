@@ -77,7 +77,10 @@ class FirstNonFinite:
 def find(model: CausalLM, loss: Callable[[], Tensor]) -> FirstNonFinite:
     """Run `loss` and its backward pass under watch; no gradient is left on any parameter. Collective under ZeRO-3."""
     found, embedded = FirstNonFinite(), []
-    first = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: embedded.append(output))
+    # A frozen embedding's output requires no gradient by itself.
+    first = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: embedded.append(output if output.requires_grad else output.requires_grad_())
+    )
     try:
         with found.watching(model):
             # Towards the embedding's output and no further: the weights' gradients are not computed.

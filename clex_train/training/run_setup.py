@@ -49,7 +49,9 @@ def print_opening(ready: Preflight) -> None:
     batch = summary.Batch(ready.world_size, micro_batch, accumulation)
     documents = inputs.held_out if ready.evaluation else None
     described = data.describe(inputs.stores, inputs.packed, config.data, config.optim, documents)
-    lines = summary.training(config, subject, batch, [summary.labelled(label, text) for label, text in described])
+    lines = [*summary.training(config, subject, batch, [summary.labelled(label, text) for label, text in described])]
+    for index, line in enumerate(ready.adapters.describe() if ready.adapters else ()):
+        lines.append(summary.labelled("" if index else "adapter", line))
     state = f"resumes from step {first_step:,}" if first_step else "a new run"
     title = f"train {config.name}, {state}, on {summary.device()} ({summary.versions()})"
     summary.print_summary(title, (*lines, *summary.output(config)))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from clex_train.resilience.loss_spikes import NoSpikeWatch, SpikeWatch
 from clex_train.resilience.stop_requests import StopRequests
 from clex_train.training.step import ForwardPass, build_forward_pass
-from clex_train.utils.errors import ConfigError, first_line
+from clex_train.utils.errors import ConfigError, first_line, require
 
 if TYPE_CHECKING:
+    from clex_train.adapters.trained_set import TrainedSet
     from clex_train.checkpoint.store import Checkpoints
     from clex_train.config.root import Config
     from clex_train.data.rows import Rows
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from clex_train.training.ode_optimizer import FixedFrequencies, OdeOptimizer
     from clex_train.utils.protocols import Engine
 
-SPIKES = "spikes"
-"""Key of the spike watch's state, among the ODE's, in a checkpoint."""
+SPIKES, FROZEN = "spikes", "frozen"
+"""Keys, among the ODE's state in a checkpoint: the spike watch's state, and the digest of frozen weights."""
 
 
 @dataclass
@@ -44,6 +45,10 @@ class Parts:
     """Decides which losses are spikes."""
     sequence: SequenceParallel | None = None
     """Sequence parallelism; None: every rank reads rows of its own."""
+    trained: TrainedSet | None = None
+    """Adapters; None: every weight is trained."""
+    frozen: str = ""
+    """Digest of the weights below the adapters, which checkpoints leave out; empty without adapters."""
     forward_pass: ForwardPass = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +84,13 @@ def resume(parts: Parts) -> int:
     if found is None:
         return 0
     step, state = found[0], found[1] or {}
+    require(
+        state.get(FROZEN, "") == parts.frozen,
+        "model.path",
+        parts.config.model.path,
+        f"its weights are not those below the adapters of {parts.checkpoints.folder / f'step_{step}'}, which holds the "
+        "adapters alone; give the model that the run began with, in the same precision",
+    )
     try:
         parts.ode.load_state_dict(state)
         if SPIKES in state:
@@ -104,4 +116,6 @@ def save(parts: Parts, step: int) -> float:
     state = parts.ode.state_dict()
     if spikes := parts.spikes.state_dict():
         state[SPIKES] = spikes
+    if parts.frozen:
+        state[FROZEN] = parts.frozen
     return parts.checkpoints.save(parts.engine, state or None, step, step * parts.config.optim.batch_rows)

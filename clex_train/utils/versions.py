@@ -42,12 +42,13 @@ OPTIONAL = {
     "gguf": Optional("gguf", "clex-train export format=gguf; clex-train[export]"),
     "tensorboard": Optional("tensorboard", "tracking=tensorboard; clex-train[tracking]"),
     "trackio": Optional("trackio", "tracking=trackio; clex-train[tracking]"),
+    "peft": Optional("peft", "LoRA, train.py adapter=lora; clex-train[adapters]"),
     "lm-eval": Optional("lm_eval", "clex-train lm-eval; clex-train[eval]"),
 }
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs an extra (`gpu`, `eval`), for a checkout or for an installed package."""
+    """Return the command that installs an extra (`gpu`, `eval`, ...), for a checkout or for an installed package."""
     return f"pip install -r requirements-{extra}.txt" if IS_CHECKOUT else f"pip install '{OWN}[{extra}]'"
 
 

@@ -51,6 +51,14 @@ CELLS = {
     "zero1": ("engine.zero_stage=1", "optim.weight_decay=0.1"),
     "zero2": ("engine.zero_stage=2", "optim.weight_decay=0.1"),
     "zero3": ("engine.zero_stage=3", "optim.weight_decay=0.1"),
+    "zero2_adapter": ("engine.zero_stage=2", "adapter=longlora", "optim.weight_decay=0.1"),
+    "zero3_adapter": ("engine.zero_stage=3", "adapter=longlora", "optim.weight_decay=0.1"),
+    "zero3_adapter_dropout": (
+        "engine.zero_stage=3",
+        "adapter=lora",
+        "adapter.dropout=0.1",
+        "adapter.targets=[all-linear]",
+    ),
     "zero3_bf16_dropout": ("engine.zero_stage=3", "engine.precision=bf16", "optim.weight_decay=0.1", "+dropout"),
 }
 TOGETHER = ("engine.accumulation=3", "engine.micro_batch=null", "optim.weight_decay=0.1")

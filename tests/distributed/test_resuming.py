@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.distributed.resuming import CELLS, figures
 from tests.helpers.warm_processes import run_ranks
 
-ELASTIC = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+ELASTIC = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero2_adapter", "zero3_adapter")
 
 
 @pytest.fixture(scope="module")

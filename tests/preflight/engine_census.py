@@ -64,15 +64,20 @@ def build_engine(model: nn.Module, dtype: torch.dtype, zero: dict[str, Any]) -> 
     }
     model = model.to(dtype)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.AdamW(model.parameters()), config=settings, dist_init_required=False
+        model=model,
+        optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
+        config=settings,
+        dist_init_required=False,
     )
     return engine, settings
 
 
-def state_between_micro_batches(stage: int, dtype: torch.dtype) -> dict[str, Any]:
+def state_between_micro_batches(stage: int, dtype: torch.dtype, num_frozen: int = 0) -> dict[str, Any]:
     """Count all bytes after the first micro batch of the second step, when activations are freed."""
     before = bytes_of_tensors()
-    engine, settings = build_engine(Chain(recomputed=False), dtype, {"stage": stage})
+    chain = Chain(recomputed=False)
+    chain.blocks[:num_frozen].requires_grad_(False)
+    engine, settings = build_engine(chain, dtype, {"stage": stage})
     x = torch.randn(2, WIDTH, dtype=dtype)
     for _ in range(3):
         engine.backward(engine(x).float().square().mean())
@@ -80,14 +85,15 @@ def state_between_micro_batches(stage: int, dtype: torch.dtype) -> dict[str, Any
     found = bytes_of_tensors() - before
     s = model_states.sharding(settings, dist.get_world_size(), dtype, checkpointing=False, on_gpu=False)
     blocks = (BLOCK,) * NUM_BLOCKS
-    count = sum(blocks)
+    count = sum(blocks[num_frozen:])
     # Between two passes no layer is gathered, and a bucket is only copied while it is reduced.
     kept = model_states.parameters(s, blocks).device - (
         s.parameter * model_states.live_parameters(s, blocks) if stage == 3 else 0
     )
     in_flight = s.parameter * BUCKET * (stage >= 2)
     expected = kept + model_states.gradients(s, count).device - in_flight + model_states.optimizer(s, count).device
-    return {"case": f"state of stage {stage} in {dtype}", "found": found, "expected": expected}
+    case = f"state of stage {stage} in {dtype}, {num_frozen} of {NUM_BLOCKS} blocks frozen"
+    return {"case": case, "found": found, "expected": expected}
 
 
 def whole_blocks(recomputed: bool, distance: float, prefetch: float, max_live: float) -> dict[str, Any]:
@@ -121,7 +127,10 @@ def main() -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo", verbose=False)
     cases = [
-        state_between_micro_batches(stage, dtype) for stage in (1, 2, 3) for dtype in (torch.float32, torch.bfloat16)
+        state_between_micro_batches(stage, dtype, num_frozen)
+        for stage in (1, 2, 3)
+        for dtype in (torch.float32, torch.bfloat16)
+        for num_frozen in (0, NUM_BLOCKS - 4)
     ]
     for recomputed in (False, True):
         for distance, prefetch, max_live in ((0, 0, 9), (2.5, 0, 9), (6.5, 0, 9), (0, 2, 4), (4.5, 2, 6), (100, 2, 4)):

@@ -25,7 +25,7 @@ def cases() -> list[dict]:
 @pytest.mark.slow
 def test_state_of_every_stage_matches_the_formulas(cases):
     states = [case for case in cases if case["case"].startswith("state")]
-    assert len(states) == 6
+    assert len(states) == 12
     for case in states:
         assert case["found"] == pytest.approx(case["expected"], rel=0.02), case["case"]
 

@@ -1,0 +1,1 @@
+"""Low-rank adapters on frozen weights (LoRA, LongLoRA): where they go, their layers, their merge, their files."""
