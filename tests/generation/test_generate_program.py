@@ -202,10 +202,35 @@ def test_ctrl_c_ends_the_text_with_the_statistics_in_one_line(stock, monkeypatch
     )
 
 
-def test_control_characters_of_a_text_do_not_reach_the_terminal(stock, capsys):
-    stream = Stream(AutoTokenizer.from_pretrained(stock), 1)
-    stream.on_finalized_text("a\x1b[2Jb\n")
-    assert capsys.readouterr().out == "a\\x1b[2Jb\n"
+class Pieces:
+    """A tokenizer whose tokens are bytes, as those of byte-level BPE may be."""
+
+    def decode(self, ids, **_):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def test_each_token_is_printed_once_its_characters_are_whole(capsys):
+    stream, printed = Stream(Pieces(), 1), []
+    stream.put(torch.tensor([[0]]))
+    for byte in "a...é€\x1b[2J.".encode():
+        stream.put(torch.tensor([byte]))
+        printed.append(capsys.readouterr().out)
+    # Control characters do not reach the terminal.
+    assert printed == [*"a...", "", "é", "", "", "€", "\\x1b", *"[2J."]
+    stream.put(torch.tensor(["é".encode()[0]]))
+    stream.end()
+    assert capsys.readouterr().out == "\ufffd\n"
+
+
+def test_the_parts_of_a_streamed_text_make_up_the_text(tiny_store, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_store / "tokenizer")
+    text = "def é(self):\n    return '€...' # 日本語\n"
+    stream = Stream(tokenizer, 1)
+    stream.put(torch.tensor([[0]]))
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert capsys.readouterr().out == text + "\n"
 
 
 @pytest.mark.parametrize(
