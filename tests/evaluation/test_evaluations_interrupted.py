@@ -17,8 +17,8 @@ import torch
 
 from clex_train.token_store.writer import write_store
 from tests.evaluation.evaluation_models import VOCAB
-from tests.evaluation.lm_eval_tasks import GENERATION, needs_harness, save_number_model, write_documents
 from tests.evaluation.model_directories import save_model
+from tests.harness.lm_eval_tasks import GENERATION, needs_harness, save_number_model, write_documents
 from tests.helpers.interrupting import SEED, TRIALS, Interrupter, Trial, report
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200 + 240 * TRIALS)]

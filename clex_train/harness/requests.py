@@ -1,74 +1,34 @@
 """EleutherAI's lm-evaluation-harness (`lm-eval`: LongBench, RULER, ...) on a model with our frequencies.
 
 The harness runs our model object, so every forward and every generated token uses the t of its length. Rows of a batch
-share the t of the longest; with `batch_size=1` each prompt has its own. The package is optional, and only this file
-imports it.
+share the t of the longest; with `batch_size=1` each prompt has its own. The package is optional, and only
+this package imports it.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clex_train.evaluation.partial_results import Partial
-from clex_train.models.load import LoadedModel
 from clex_train.utils import distributed, log, progress, seeding
-from clex_train.utils.errors import ConfigError
-from clex_train.utils.versions import install_command
 
-NOT_RUN = -1
-"""Score of lm-eval's multi-length tasks for a length without prompts."""
+if TYPE_CHECKING:
+    from clex_train.harness.tasks import Tasks
+    from clex_train.models.load import LoadedModel
+
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 BATCHES = 8
 """Batches in a group of requests; the harness sorts a group by length."""
 
 logger = log.get(__name__)
-
-
-def require_installed() -> None:
-    """Raise `ConfigError` with the remedy when lm-eval is not installed."""
-    if find_spec("lm_eval") is None:
-        raise ConfigError("lm-eval is not installed", None, install_command("eval"))
-
-
-class Tasks:
-    """Tasks with their data, loaded before any weights.
-
-    Args:
-        names: tasks or patterns (`longbench_*`).
-        include: folder with the user's own task files.
-        metadata: parameters of tasks (RULER: `max_seq_lengths`, and the `tokenizer` that counts them).
-
-    Raises `ConfigError` for an unknown name, or when the data cannot be loaded.
-    """
-
-    def __init__(self, names: Sequence[str], include: Path | None, metadata: Mapping[str, Any]) -> None:
-        from lm_eval.tasks import TaskManager
-
-        # At level INFO, it logs every task file that it skips.
-        logging.getLogger("lm_eval").setLevel(logging.WARNING)
-        self.manager = TaskManager(include_path=include, metadata=dict(metadata))
-        for name in names:
-            if not self.manager.match_tasks([name]):
-                raise ConfigError(
-                    "tasks",
-                    f"[{name}]",
-                    "lm-eval has no such task; `lm-eval ls tasks` lists them, and include=FOLDER "
-                    "adds task files of your own",
-                )
-        self.names = self.manager.match_tasks(list(names))
-        self.loaded = _load(self.manager, self.names)
-
-    def load(self, _: object) -> Any:
-        """Return the tasks loaded on creation; replaces the method of the harness's task manager."""
-        return self.loaded
 
 
 @dataclass(frozen=True)
@@ -241,50 +201,3 @@ def _answers(kept: Any) -> list[Any]:
     """Convert a group's answers back from JSON."""
     # JSON has no tuples, and log-likelihoods are pairs.
     return [tuple(answer) if isinstance(answer, list) else answer for answer in kept]
-
-
-def remove_not_run(results: dict[str, Any]) -> list[str]:
-    """Remove metrics of lengths without prompts, which lm-eval marks by a score of -1; return their names."""
-    # RULER's tasks have a metric named after each of its standard lengths, requested or not.
-    names = []
-    for group in ("results", "groups"):
-        for task, row in results.get(group, {}).items():
-            for metric in [metric for metric, value in row.items() if _is_not_run(metric, value)]:
-                del row[metric]
-                row.pop(metric.replace(",", "_stderr,"), None)
-                names.append(f"{task}/{metric.partition(',')[0]}")
-    return list(dict.fromkeys(names))
-
-
-def _is_not_run(metric: str, value: object) -> bool:
-    return metric.partition(",")[0].isdecimal() and value == NOT_RUN
-
-
-def metrics(results: Mapping[str, Any], method: str = "") -> dict[str, float]:
-    """Flatten the harness's results to `lm_eval/<task>[/<method>]/<metric>[/<filter>]` -> value.
-
-    Standard errors have the metric's name with `_stderr`.
-    """
-    found, by = {}, f"{method}/" if method else ""
-    for task, row in results["results"].items():
-        for name, value in row.items():
-            metric, _, filtered = name.partition(",")
-            if filtered and isinstance(value, (int, float)):
-                found[f"lm_eval/{task}/{by}{metric}" + ("" if filtered == "none" else f"/{filtered}")] = float(value)
-    return found
-
-
-def _load(manager: Any, names: list[str]) -> Any:
-    try:
-        return manager.load(names)
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError("tasks", f"[{','.join(names)}]", f"a package is missing ({reason})") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            "tasks",
-            f"[{','.join(names)}]",
-            f"their data cannot be read ({reason}); without a network, fill the cache of "
-            "datasets (HF_HOME) on a machine that has one",
-        ) from error

@@ -17,11 +17,11 @@ from clex_train.cli import lm_eval as program
 from clex_train.config.model import ModelConfig
 from clex_train.console import program as console
 from clex_train.evaluation import partial_results as partial_file
-from clex_train.measures import harness
+from clex_train.harness import requests, scores
 from clex_train.models import load
 from clex_train.models.directory import read_clex
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
-from tests.evaluation.lm_eval_tasks import GENERATION, LIKELIHOOD, needs_harness, save_number_model, write_documents
+from tests.harness.lm_eval_tasks import GENERATION, LIKELIHOOD, needs_harness, save_number_model, write_documents
 
 LENGTHS = (9, 30, 60)
 LIMIT = [10**9]
@@ -274,13 +274,13 @@ def test_requests_of_a_document_are_grouped_together() -> None:
         task_name: str
         doc_id: int
 
-    requests = [Request("a", doc) for doc in (0, 0, 1, 1, 1, 2)] + [Request("b", 2)]
-    assert [len(group) for group in harness.groups(requests, 1)] == [2, 3, 1, 1]
-    assert [len(group) for group in harness.groups(requests, 3)] == [5, 2]
+    made = [Request("a", doc) for doc in (0, 0, 1, 1, 1, 2)] + [Request("b", 2)]
+    assert [len(group) for group in requests.groups(made, 1)] == [2, 3, 1, 1]
+    assert [len(group) for group in requests.groups(made, 3)] == [5, 2]
 
 
 def test_a_missing_package_is_named_with_the_install_command(place, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("clex_train.measures.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("clex_train.harness.tasks.find_spec", lambda name: None)
     assert call(monkeypatch, f"model={place / 'model'}", "tasks=[any]") == console.USER_ERROR
     assert "lm-eval is not installed: pip install -r requirements-eval.txt" in capsys.readouterr().err
 
@@ -294,8 +294,8 @@ def test_a_length_that_was_not_run_has_no_score() -> None:
         },
         "groups": {"ruler": {"4096,none": 0.25, "8192,none": -1, "8192_stderr,none": "N/A"}},
     }
-    assert harness.remove_not_run(results) == ["niah_single_1/8192", "ruler/8192"]
-    assert harness.metrics(results) == {
+    assert scores.remove_not_run(results) == ["niah_single_1/8192", "ruler/8192"]
+    assert scores.metrics(results) == {
         "lm_eval/niah_single_1/4096": 0.5,
         "lm_eval/cola/mcc": -1.0,
         "lm_eval/cola/8192_stderr": 0.0,

@@ -1,0 +1,51 @@
+"""Scores that the harness returns: by task and method, without lengths that were not run."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+NOT_RUN = -1
+"""Score of lm-eval's multi-length tasks for a length without prompts."""
+
+
+class Found(NamedTuple):
+    """The harness's results on the unchanged model, or by a method."""
+
+    method: str
+    """Empty for the unchanged model."""
+    frequencies: str
+    results: dict[str, Any]
+
+    def metrics(self) -> dict[str, float]:
+        """Return values by key."""
+        return metrics(self.results, self.method)
+
+
+def remove_not_run(results: dict[str, Any]) -> list[str]:
+    """Remove metrics of lengths without prompts, which lm-eval marks by a score of -1; return their names."""
+    # RULER's tasks have a metric named after each of its standard lengths, requested or not.
+    names = []
+    for group in ("results", "groups"):
+        for task, row in results.get(group, {}).items():
+            for metric in [metric for metric, value in row.items() if _is_not_run(metric, value)]:
+                del row[metric]
+                row.pop(metric.replace(",", "_stderr,"), None)
+                names.append(f"{task}/{metric.partition(',')[0]}")
+    return list(dict.fromkeys(names))
+
+
+def _is_not_run(metric: str, value: object) -> bool:
+    return metric.partition(",")[0].isdecimal() and value == NOT_RUN
+
+
+def metrics(results: Mapping[str, Any], method: str = "") -> dict[str, float]:
+    """Flatten the harness's results to `lm_eval/<task>[/<method>]/<metric>[/<filter>]` -> value.
+
+    Standard errors have the metric's name with `_stderr`.
+    """
+    found, by = {}, f"{method}/" if method else ""
+    for task, row in results["results"].items():
+        for name, value in row.items():
+            metric, _, filtered = name.partition(",")
+            if filtered and isinstance(value, (int, float)):
+                found[f"lm_eval/{task}/{by}{metric}" + ("" if filtered == "none" else f"/{filtered}")] = float(value)
+    return found
