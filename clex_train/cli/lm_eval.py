@@ -1,13 +1,15 @@
 """LongBench, RULER and any other task of the `lm-eval` package on a trained model, with its own frequencies.
 
+    python -m clex_train.cli.lm_eval run=runs/llama2_7b_clex benchmark=benchmarks/longbench methods=[none,ntk,clex]
     python -m clex_train.cli.lm_eval run=runs/llama2_7b_clex tasks=[longbench_qasper,longbench_hotpotqa]
     python -m clex_train.cli.lm_eval model=DIR_OR_HUB_NAME tasks=[niah_single_1,ruler_vt] lengths=[4096,16384]
     python -m clex_train.cli.lm_eval run=runs/tiny_clex tasks=[my_task] include=folder/of/yaml limit=20
     deepspeed --module clex_train.cli.lm_eval run=runs/llama2_70b_clex tasks=[longbench] sharded=true
 
-Needs `pip install -r requirements-eval.txt`. Writes `evaluation/lm_eval/<label>.json` in the run folder (or `output`).
-An existing file of other weights, tasks or settings is kept, and the new one is `<label>_2.json`. The same command
-resumes an interrupted evaluation; `dry_run=true` only estimates its cost.
+Needs `pip install -r requirements-eval.txt`. Writes `evaluation/lm_eval/<label>.json` in the run folder (or `output`),
+the table as `<label>.md`, and each task by each method in `<label>.cells/`. An existing file of other weights, tasks or
+settings is kept, and the new one is `<label>_2.json`. The same command resumes an interrupted evaluation, and one with
+more tasks or methods computes only those. `dry_run=true` only estimates its cost.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     # Before the imports that take seconds.
@@ -25,13 +27,13 @@ if __name__ == "__main__":
     stop_requests.end_on_signals()
 
 from clex_train.cli import loading
-from clex_train.cli.load_model import load
+from clex_train.cli.load_model import load, precision_of
 from clex_train.config.bos import Bos
 from clex_train.console import arguments as arguments_of
 from clex_train.console import program
 from clex_train.data.bos import adds_bos
 from clex_train.evaluation.runner import work_of
-from clex_train.harness import record, requests, run
+from clex_train.harness import benchmark, record, requests, run, table
 from clex_train.harness.arguments import LmEvalArguments, LmEvalConfig, check, longest, method_settings
 from clex_train.harness.tasks import Tasks, require_installed
 from clex_train.models import architecture
@@ -44,6 +46,14 @@ from clex_train.token_store.vocabulary import check_ids
 from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
 from clex_train.utils.errors import require
+
+if TYPE_CHECKING:
+    import torch
+
+    from clex_train.cli.loading import Source
+    from clex_train.config.evaluation import EvaluationConfig
+    from clex_train.harness.benchmark import Benchmark
+    from clex_train.utils.protocols import Tokenizer
 
 
 @log.buffered()
@@ -74,13 +84,11 @@ def _run(args: LmEvalArguments) -> None:
     if args.chat_template:
         require_chat_template(tokenizer)
     spec = method_settings(args, source.model, source.context_len, max_length)
-    metadata: dict[str, Any] = {"tokenizer": args.path, "pretrained": args.path}
-    if args.lengths:
-        metadata["max_seq_lengths"] = args.lengths
-    tasks = Tasks(args.tasks, Path(args.include) if args.include else None, metadata)
-    loading.print_plan("lm_eval", args, source, [labelled("tasks", _tasks(args, tasks, max_length))])
-    loaded, dtype = load(args, source.model)
-    loaded.scale_logits(spec.log_scale or loaded.log_scale)
+    found_in = benchmark.read(Path(args.benchmark)) if args.benchmark else None
+    tasks = _load_tasks(args, found_in)
+    tasks.require_room(max_length, args.max_prompt, _template_len(tokenizer) if args.chat_template else 0)
+    loading.print_plan("lm_eval", args, source, [labelled("tasks", _describe(args, tasks, max_length))])
+    reader = Reader(args, source, spec)
     settings = requests.RequestSettings(
         max_length,
         args.batch_size,
@@ -88,18 +96,71 @@ def _run(args: LmEvalArguments) -> None:
         args.num_fewshot,
         bos=False if args.bos is Bos.never else None,
         in_chat=args.chat_template,
+        truncation=args.cutting,
+        max_prompt=args.max_prompt,
     )
     if args.dry_run:
+        loaded = reader.load()
         _print_amount(args, loaded, requests.count(loaded, tasks, settings))
         return
     file = source.output if args.output else source.output.parent / "lm_eval" / source.output.name
-    origin = record.facts(args, source.model, source.label, source.context_len, tasks, dtype, max_length)
-    kept = loading.resume_partial(args, source.model, file, origin, {"lm_eval": version("lm_eval")})
-    found = list(run.evaluate(args, loaded, spec, tasks, settings, kept))
+    origin = record.facts(
+        args, source.model, source.label, source.context_len, tasks, reader.dtype(), max_length, found_in
+    )
+    more = {"lm_eval": version("lm_eval")}
+    kept = loading.resume_partial(args, source.model, file, origin, more)
+    identity = loading.identity(args, source.model, origin) | more
+    cells = record.cells(file.with_suffix(".cells"), origin, identity, tasks, found_in)
+    names = [""] if args.named_methods is None else [method.value for method in args.named_methods]
+    without_chat = [task.name for task in found_in.tasks if not task.in_chat] if found_in else []
+    found = run.evaluate(run.Job(names, spec, tasks, settings, cells, kept, without_chat), reader.load)
     if distributed.is_main():
-        text = "\n".join(filter(None, map(record.table, found)))
-        loading.write_results(args, file, origin, text, partial(record.write, found=found, origin=origin))
+        lines = table.lines(found, found_in, args.limit)
+        text = table.page(lines, found, found_in, args.limit)
+        write = partial(record.write, found=found, origin=origin, lines=lines, text=text)
+        loading.write_results(args, file, origin, text, write)
     kept.remove()
+
+
+class Reader:
+    """Reads the weights once, when a cell needs them."""
+
+    def __init__(self, args: LmEvalArguments, source: Source, spec: EvaluationConfig) -> None:
+        self._args, self._source, self._spec = args, source, spec
+        # Ranks that share weights meet while these are read, and cells are looked for by all of them.
+        self._loaded = self._read() if args.sharded else None
+
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the forward pass."""
+        return precision_of(self._args)
+
+    def load(self) -> LoadedModel:
+        """Return the model with its logits scaled as asked."""
+        self._loaded = self._loaded or self._read()
+        return self._loaded
+
+    def _read(self) -> LoadedModel:
+        loaded, _ = load(self._args, self._source.model)
+        loaded.scale_logits(self._spec.log_scale or loaded.log_scale)
+        return loaded
+
+
+def _load_tasks(args: LmEvalArguments, found: Benchmark | None) -> Tasks:
+    """Load tasks with their data; those of a benchmark by its folder alone."""
+    metadata: dict[str, Any] = {"tokenizer": args.path, "pretrained": args.path}
+    if args.lengths:
+        metadata["max_seq_lengths"] = args.lengths
+    if found is not None:
+        names = args.tasks or [task.name for task in found.tasks]
+        return Tasks(names, Path(found.place), metadata, alone=True)
+    return Tasks(args.tasks, Path(args.include) if args.include else None, metadata)
+
+
+def _template_len(tokenizer: Tokenizer) -> int:
+    """Return the tokens that the chat template adds to a question."""
+    turn = [{"role": "user", "content": ""}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return len(tokenizer(text)["input_ids"])
 
 
 def _print_amount(args: LmEvalArguments, loaded: LoadedModel, counted: requests.Counted) -> None:
@@ -117,9 +178,10 @@ def _print_amount(args: LmEvalArguments, loaded: LoadedModel, counted: requests.
     evaluation_time.print_forecast(loaded, amount, evaluation_time.MOST_TIMED, False, args.sharded)
 
 
-def _tasks(args: LmEvalArguments, tasks: Tasks, max_length: int) -> str:
+def _describe(args: LmEvalArguments, tasks: Tasks, max_length: int) -> str:
     limit = f", the first {args.limit} documents of each" if args.limit else ""
-    return f"{', '.join(sorted(tasks.names))}: prompts and answers of up to {max_length:,} tokens{limit}"
+    cut = f", longer ones cut ({args.cutting.value})"
+    return f"{', '.join(sorted(tasks.names))}: prompts and answers of up to {max_length:,} tokens{cut}{limit}"
 
 
 def usage() -> str:

@@ -12,12 +12,14 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clex_train.evaluation.partial_results import Partial
+from clex_train.harness.truncation import Message, Shortener, Truncation
 from clex_train.utils import distributed, log, progress, seeding
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from clex_train.models.load import LoadedModel
 
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+CHOICE_LEN = 64
+"""Tokens that a chat leaves for an answer that is scored and not generated."""
 BATCHES = 8
 """Batches in a group of requests; the harness sorts a group by length."""
 
@@ -36,7 +40,7 @@ class RequestSettings:
     """Settings of the requests to the model."""
 
     max_length: int
-    """Tokens of prompt and generation together; the harness truncates longer prompts on the left."""
+    """Tokens of prompt and generation together; longer prompts are truncated."""
     batch_size: int = 1
     """Prompts in a forward pass."""
     limit: int | None = None
@@ -47,21 +51,74 @@ class RequestSettings:
     """False removes BOS from prompts of a tokenizer that adds it; None follows the tokenizer."""
     in_chat: bool = False
     """True formats prompts with the tokenizer's chat template."""
+    truncation: Truncation = Truncation.left
+    """Part that longer prompts lose."""
+    max_prompt: int | None = None
+    """Most tokens of a prompt before the chat template, with `Truncation.middle`; None for all that fit."""
 
 
 def evaluate(
-    loaded: LoadedModel, tasks: Tasks, settings: RequestSettings, kept: Partial | None = None, method: str = ""
-) -> dict[str, Any]:
-    """Run the harness and return its own results (`results`, `configs`, `versions`, ...).
+    loaded: LoadedModel, tasks: Tasks, task: str, settings: RequestSettings, kept: Partial, method: str = ""
+) -> tuple[dict[str, Any], int]:
+    """Run the harness on one task; return its own results (`results`, `configs`, ...) and how many prompts lost tokens.
 
     Collective when the weights are sharded; every rank computes the same. `kept` has the answers of an interrupted
-    evaluation, under the name of `method`.
+    evaluation, under the names of method and task.
     """
     # Requests are not split over ranks: under ZeRO-3 every forward is a collective.
     model = _model(loaded, settings)
+    tasks.select(task)
+    fit = _install_shortener(model, tasks.answer_len(task, CHOICE_LEN), settings)
     for kind in KINDS:
-        setattr(model, kind, InGroups(kind, getattr(model, kind), kept or Partial(), method, settings.batch_size))
-    return distributed.broadcast_object(_simple_evaluate(model, tasks, settings))
+        answer = InGroups(kind, getattr(model, kind), kept, f"{method or 'model'}/{task}", settings.batch_size, fit)
+        setattr(model, kind, answer)
+    results = _simple_evaluate(model, tasks, task, settings)
+    found: tuple[dict[str, Any], int] = distributed.broadcast_object((results, len(fit.shortener.shortened)))
+    return found
+
+
+@dataclass
+class Fit:
+    """Fits requests into the model's length."""
+
+    shortener: Shortener
+    model: Any
+    in_chat: bool
+
+    def __call__(self, kind: str, requests: Sequence[Any]) -> None:
+        """Shorten the prompts of these requests in place; in chat, they were shortened before the template."""
+        if kind == KINDS[1]:
+            # A document that is scored as a whole is read in windows.
+            return
+        for request in requests:
+            text, more = request.args
+            # The last token of an answer that is scored is not read.
+            answer_len = self._generated(more) if kind == KINDS[2] else len(self._answer(more)) - 1
+            fitting = self.shortener.fit(request.doc_id, text, answer_len)
+            if not self.in_chat:
+                request.arguments = (fitting, more)
+
+    def _generated(self, more: Any) -> int:
+        return int(more.get("max_gen_toks", self.model.max_gen_toks))
+
+    def _answer(self, text: str) -> list[int]:
+        found: list[int] = self.model.tok_encode(text, add_special_tokens=False)
+        return found
+
+
+def _install_shortener(model: Any, answer_len: int, settings: RequestSettings) -> Fit:
+    """Shorten questions before the chat template of this model, and return what fits prompts without one."""
+    decode = partial(model.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    shortener = Shortener(model.tok_encode, decode, settings.max_length, settings.max_prompt, settings.truncation)
+    own = model.apply_chat_template
+
+    def rendered(chat_history: list[Message], add_generation_prompt: bool = True) -> Any:
+        render = partial(own, add_generation_prompt=add_generation_prompt)
+        return shortener.fit_chat(chat_history, answer_len, render)
+
+    if settings.truncation is Truncation.middle:
+        model.apply_chat_template = rendered
+    return Fit(shortener, model, settings.in_chat)
 
 
 @dataclass
@@ -96,7 +153,10 @@ def count(loaded: LoadedModel, tasks: Tasks, settings: RequestSettings) -> Count
 
     for kind, nothing in zip(KINDS, ((0.0, False), 0.0, ""), strict=True):
         setattr(model, kind, without_answers(kind, nothing))
-    counted.tasks = len(_simple_evaluate(model, tasks, settings)["configs"])
+    for task in tasks.single:
+        tasks.select(task)
+        _simple_evaluate(model, tasks, task, settings)
+        counted.tasks += 1
     return counted
 
 
@@ -117,15 +177,13 @@ def _model(loaded: LoadedModel, settings: RequestSettings) -> Any:
     return model
 
 
-def _simple_evaluate(model: Any, tasks: Tasks, settings: RequestSettings) -> Any:
+def _simple_evaluate(model: Any, tasks: Tasks, task: str, settings: RequestSettings) -> Any:
     from lm_eval.evaluator import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # `simple_evaluate` would read the data again.
-    tasks.manager.load = tasks.load
     return simple_evaluate(
         model=model,
-        tasks=list(tasks.names),
+        tasks=[task],
         task_manager=tasks.manager,
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,
@@ -144,14 +202,21 @@ class InGroups:
     """
 
     def __init__(
-        self, kind: str, answer: Callable[..., list[Any]], kept: Partial, method: str, batch_size: int
+        self,
+        kind: str,
+        answer: Callable[..., list[Any]],
+        kept: Partial,
+        cell: str,
+        batch_size: int,
+        fit: Callable[[str, Sequence[Any]], None],
     ) -> None:
-        self.kind, self._answer, self._kept = kind, answer, kept
-        self._prefix = f"{method or 'model'}/{kind}"
+        self.kind, self._answer, self._kept, self._fit = kind, answer, kept, fit
+        self._prefix = f"{cell}/{kind}"
         self._least = batch_size if batch_size == 1 else BATCHES * batch_size
 
     def __call__(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """Return the answers in the order of the requests."""
+        self._fit(self.kind, requests)
         todo = {f"{self._prefix}/{i}/{_digest(group)}": group for i, group in enumerate(groups(requests, self._least))}
         found = {key: answers[0] for key in todo if (answers := self._kept.find([key], _answers))}
         self._log_found(requests, todo, found)

@@ -1,10 +1,25 @@
 """Scores that the harness returns: by task and method, without lengths that were not run."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 NOT_RUN = -1
 """Score of lm-eval's multi-length tasks for a length without prompts."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A score with its standard error."""
+
+    value: float
+    error: float | None
+    """None if lm-eval gives none, as for a single row."""
+
+    def text(self, scale: float, digits: int) -> str:
+        """Format both, multiplied by `scale`."""
+        error = f" ± {self.error * scale:.{digits}f}" if self.error is not None else ""
+        return f"{self.value * scale:.{digits}f}{error}"
 
 
 class Found(NamedTuple):
@@ -14,10 +29,27 @@ class Found(NamedTuple):
     """Empty for the unchanged model."""
     frequencies: str
     results: dict[str, Any]
+    prompts: dict[str, dict[str, int]]
+    """By task: number of prompts, and of those that lost tokens (`num_shortened`)."""
 
     def metrics(self) -> dict[str, float]:
         """Return values by key."""
         return metrics(self.results, self.method)
+
+    def values(self) -> dict[str, dict[str, Value]]:
+        """Return values with their standard errors by task and metric; a filter follows its metric after a slash."""
+        return {task: _values(row) for task, row in self.results["results"].items()}
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, Value]:
+    found = {}
+    for name, value in row.items():
+        metric, _, filtered = name.partition(",")
+        if filtered and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            error = row.get(f"{metric}_stderr,{filtered}")
+            exact = float(error) if isinstance(error, (int, float)) else None
+            found[metric if filtered == "none" else f"{metric}/{filtered}"] = Value(float(value), exact)
+    return found
 
 
 def remove_not_run(results: dict[str, Any]) -> list[str]:
