@@ -84,19 +84,19 @@ class Fit:
     shortener: Shortener
     model: Any
     in_chat: bool
+    is_middle: bool
 
     def __call__(self, kind: str, requests: Sequence[Any]) -> None:
-        """Shorten the prompts of these requests in place; in chat, they were shortened before the template."""
-        if kind == KINDS[1]:
-            # A document that is scored as a whole is read in windows.
+        """Shorten the prompts of these requests in place, and count those that the harness will cut."""
+        # A document that is scored as a whole is read in windows; in chat, questions were cut before the template.
+        if kind == KINDS[1] or (self.in_chat and self.is_middle):
             return
         for request in requests:
             text, more = request.args
             # The last token of an answer that is scored is not read.
             answer_len = self._generated(more) if kind == KINDS[2] else len(self._answer(more)) - 1
             fitting = self.shortener.fit(request.doc_id, text, answer_len)
-            if not self.in_chat:
-                request.arguments = (fitting, more)
+            request.arguments = (fitting, more)
 
     def _generated(self, more: Any) -> int:
         return int(more.get("max_gen_toks", self.model.max_gen_toks))
@@ -116,9 +116,10 @@ def _install_shortener(model: Any, answer_len: int, settings: RequestSettings) -
         render = partial(own, add_generation_prompt=add_generation_prompt)
         return shortener.fit_chat(chat_history, answer_len, render)
 
-    if settings.truncation is Truncation.middle:
+    is_middle = settings.truncation is Truncation.middle
+    if is_middle:
         model.apply_chat_template = rendered
-    return Fit(shortener, model, settings.in_chat)
+    return Fit(shortener, model, settings.in_chat, is_middle)
 
 
 @dataclass
