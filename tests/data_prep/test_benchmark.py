@@ -199,7 +199,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path, kind, name, con
         ({"tasks": ["qaspr"]}, "tasks=[qaspr]: no task of this benchmark; it has narrativeqa"),
         ({"tasks": ["trec"]}, "tasks=[trec]: no file of these is in "),
         ({"paths": ["nowhere"]}, "paths=nowhere: no such file or folder"),
-        ({"kind": None}, "kind=None: name the benchmark: longbench, longbench_v2, ruler, babilong"),
+        ({"kind": None}, "kind: name the benchmark: longbench, longbench_v2, ruler, babilong"),
     ],
 )
 def test_keys_that_cannot_be_used_are_refused(tmp_path, given, message) -> None:

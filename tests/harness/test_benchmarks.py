@@ -16,7 +16,7 @@ from clex_train.console import program as console
 from clex_train.harness.benchmark import Kind
 from data_prep.benchmark import run as converter
 from data_prep.benchmark.config import BenchmarkVerb
-from tests.harness.benchmark_rows import CONTEXT_LEN, save_base, save_clex, write_longbench
+from tests.harness.benchmark_rows import CONTEXT_LEN, save_base, save_clex, write_lines, write_longbench
 from tests.harness.lm_eval_tasks import needs_harness
 
 NAMES = ("hotpotqa", "triviaqa")
@@ -109,6 +109,30 @@ def test_the_table_has_standard_errors_and_the_average_of_the_categories(place, 
     assert line in page
     assert line in said
     assert "hotpotqa.jsonl: 3 rows where 200 are published" in page
+
+
+def test_the_other_benchmarks_run_through_one_command_each(place, tmp_path, monkeypatch) -> None:
+    choices = {f"choice_{letter}": letter for letter in "ABCD"}
+    texts = {"difficulty": "easy", "length": "short", "question": "which", "context": "2 3 4", "answer": "B"}
+    v2 = {"_id": "1", "domain": "Code Repository Understanding", "sub_domain": "Code repo QA", **choices, **texts}
+    ruler = {"index": 0, "input": "2 3 4", "outputs": [str(n) for n in range(2, 60)], "length": 3}
+    babilong = {"input": "2 3", "question": "4", "target": "5"}
+    published = {
+        Kind.longbench_v2: ("data.json", v2, "longbench2_code", "LongBench v2 average (part: 1 of 20 tasks)"),
+        Kind.ruler: ("4096/fwe/validation.jsonl", ruler, "ruler_fwe_4096", "RULER 4096 average (part: 1 of 13 tasks)"),
+        Kind.babilong: ("qa1/0k.json", babilong, "babilong_qa1_0k", "BABILong 0k average (part: 1 of 20 tasks)"),
+    }
+    for kind, (name, row, task, average) in published.items():
+        write_lines(tmp_path / kind.value / name, [row])
+        asked = {"kind": kind, "paths": [str(tmp_path / kind.value)], "allow_partial": True}
+        folder, output = tmp_path / f"{kind.value}_folder", tmp_path / f"{kind.value}.json"
+        converter.run(BenchmarkVerb(**asked, output=str(folder)))
+        given = (f"model={place / 'model'}", f"benchmark={folder}", "methods=[none]", f"output={output}")
+        assert call(monkeypatch, *given) == 0
+        rows = {line["name"]: line["values"]["none"]["value"] for line in json.loads(output.read_text())["table"]}
+        assert rows.keys() == {task, average}
+        assert 0 <= rows[task] == rows[average] <= 1
+    assert 0 < json.loads((tmp_path / "ruler.json").read_text())["metrics"]["lm_eval/ruler_fwe_4096/none/score"] < 1
 
 
 @pytest.fixture
