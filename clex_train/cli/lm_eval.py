@@ -1,6 +1,6 @@
 """LongBench, RULER and any other task of the `lm-eval` package on a trained model, with its own frequencies.
 
-    python -m clex_train.cli.lm_eval run=runs/llama2_7b_clex benchmark=benchmarks/longbench methods=[none,ntk,clex]
+    python -m clex_train.cli.lm_eval run=runs/llama2_7b_clex benchmark=corpora/longbench methods=[none,ntk,clex]
     python -m clex_train.cli.lm_eval run=runs/llama2_7b_clex tasks=[longbench_qasper,longbench_hotpotqa]
     python -m clex_train.cli.lm_eval model=DIR_OR_HUB_NAME tasks=[niah_single_1,ruler_vt] lengths=[4096,16384]
     python -m clex_train.cli.lm_eval run=runs/tiny_clex tasks=[my_task] include=folder/of/yaml limit=20
@@ -103,14 +103,28 @@ def _run(args: LmEvalArguments) -> None:
         loaded = reader.load()
         _print_amount(args, loaded, requests.count(loaded, tasks, settings))
         return
+    _evaluate(args, source, reader, tasks, settings, spec, found_in)
+
+
+def _evaluate(
+    args: LmEvalArguments,
+    source: Source,
+    reader: Reader,
+    tasks: Tasks,
+    settings: requests.RequestSettings,
+    spec: EvaluationConfig,
+    found_in: Benchmark | None,
+) -> None:
+    """Compute the missing cells, print the table and write the files."""
     file = source.output if args.output else source.output.parent / "lm_eval" / source.output.name
     origin = record.facts(
-        args, source.model, source.label, source.context_len, tasks, reader.dtype(), max_length, found_in
+        args, source.model, source.label, source.context_len, tasks, reader.dtype(), settings.max_length, found_in
     )
     more = {"lm_eval": version("lm_eval")}
     kept = loading.resume_partial(args, source.model, file, origin, more)
     identity = loading.identity(args, source.model, origin) | more
     cells = record.cells(file.with_suffix(".cells"), origin, identity, tasks, found_in)
+    # Without a name, the model is read as it was loaded.
     names = [""] if args.named_methods is None else [method.value for method in args.named_methods]
     without_chat = [task.name for task in found_in.tasks if not task.in_chat] if found_in else []
     found = run.evaluate(run.Job(names, spec, tasks, settings, cells, kept, without_chat), reader.load)
@@ -151,6 +165,7 @@ def _load_tasks(args: LmEvalArguments, found: Benchmark | None) -> Tasks:
     if args.lengths:
         metadata["max_seq_lengths"] = args.lengths
     if found is not None:
+        # The folder's own index hides lm-eval's tasks of the same names, which would fetch their data.
         names = args.tasks or [task.name for task in found.tasks]
         return Tasks(names, Path(found.place), metadata, alone=True)
     return Tasks(args.tasks, Path(args.include) if args.include else None, metadata)
@@ -158,6 +173,7 @@ def _load_tasks(args: LmEvalArguments, found: Benchmark | None) -> Tasks:
 
 def _template_len(tokenizer: Tokenizer) -> int:
     """Return the tokens that the chat template adds to a question."""
+    # The template of an empty question: everything that is added to any.
     turn = [{"role": "user", "content": ""}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     return len(tokenizer(text)["input_ids"])

@@ -22,5 +22,6 @@ def any_of(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
 
 
 def _contained(doc: Mapping[str, Any], results: Sequence[str]) -> list[bool]:
+    # RULER's own clean-up, before its search for substrings.
     answer = CONTROL.sub("\n", results[0].strip()).strip().lower()
     return [expected.lower() in answer for expected in doc["outputs"]]

@@ -58,6 +58,7 @@ def evaluate(job: Job, load: Callable[[], LoadedModel]) -> list[Found]:
     missing = [key for key in keys if key not in cells]
     if missing:
         loaded = load()
+        # Method by method: swapping frequencies is cheap, inserting a mask is not.
         for name in dict.fromkeys(name for name, _ in missing):
             wanted = [task for method, task in missing if method == name]
             cells |= {(name, cell.task): cell for cell in _by_method(job, loaded, name, wanted)}
@@ -103,6 +104,7 @@ def _cell(job: Job, loaded: LoadedModel, task: str, method: str, frequencies: st
 def _found(job: Job, method: str, cells: Sequence[Cell]) -> Found:
     """Merge the cells of a method, and add the scores of groups that were asked for."""
     results: dict[str, Any] = {key: _merged(cell.results.get(key, {}) for cell in cells) for key in KEPT}
+    # lm-eval's own means of its groups, which it would compute in a run of all tasks at once.
     groups = job.tasks.aggregate(results["results"])
     results["results"] |= groups
     prompts = {cell.task: {"num": cell.num_prompts, "num_shortened": cell.num_shortened} for cell in cells}

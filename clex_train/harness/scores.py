@@ -46,6 +46,7 @@ def _values(row: Mapping[str, Any]) -> dict[str, Value]:
     for name, value in row.items():
         metric, _, filtered = name.partition(",")
         if filtered and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            # lm-eval writes "N/A" for an error that it cannot estimate.
             error = row.get(f"{metric}_stderr,{filtered}")
             exact = float(error) if isinstance(error, (int, float)) else None
             found[metric if filtered == "none" else f"{metric}/{filtered}"] = Value(float(value), exact)

@@ -29,6 +29,7 @@ def lines(found: Sequence[Found], benchmark: Benchmark | None, limit: int | None
         rows = {each.method: each.values() for each in found}
         names = dict.fromkeys((task, metric) for row in rows.values() for task in row for metric in row[task])
         return [Line(f"{task}/{metric}", _by_method(rows, task, metric)) for task, metric in names]
+    # In the benchmark's order, and only those that were asked for.
     tasks = [task for task in benchmark.tasks if task.name in found[0].values()]
     scores = {task.name: _primary(found, task) for task in tasks}
     made = [Line(task.name, scores[task.name]) for task in tasks]
@@ -57,6 +58,7 @@ def averages(
     by_category: dict[str, dict[str, Value]] = {}
     for name, members in categories.items():
         by_category[name] = {method: mean(members, method) for method in methods}
+        # Lines that would repeat those of single tasks are left out.
         if len(categories) > 1 and any(len(others) > 1 for others in categories.values()):
             made.append(Line(f"{group.name}: {name}", by_category[name], is_average=True))
     if group.mean is Mean.categories:
@@ -109,7 +111,9 @@ def _mean(values: Sequence[Value], weights: Sequence[float]) -> Value:
     total = math.fsum(weights)
     mean = math.fsum(w * v.value for w, v in zip(weights, values, strict=True)) / total
     errors = [v.error for v in values]
+    # One unknown error makes that of the mean unknown: leaving it out would make the mean look exact.
     if any(error is None for error in errors):
         return Value(mean, None)
+    # Variances of independent means add.
     squares = math.fsum((w * (error or 0.0)) ** 2 for w, error in zip(weights, errors, strict=True))
     return Value(mean, math.sqrt(squares) / total)
