@@ -8,6 +8,7 @@
     inspect           show the content of a token store, verify its checksums
     evaluation_sets   write a store of long held-out documents for each length
     retrieval_text    write synthetic documents that state a fact, and state it again after filler from a corpus
+    benchmark         write LongBench, LongBench v2, RULER or BABILong for lm-eval, from their published files
     decontaminate     find evaluation documents that appear, whole or in part, in the training documents
 
     python -m data_prep train_tokenizer +corpus=stdlib
@@ -40,6 +41,7 @@ from clex_train.console import program
 from clex_train.console.help import options
 from clex_train.utils import log
 from clex_train.utils.locations import CONF
+from data_prep.benchmark.config import BenchmarkVerb
 from data_prep.chat.config import ChatVerb, ShowVerb
 from data_prep.config import (
     CorpusVerb,
@@ -60,6 +62,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "inspect": (InspectVerb, "data_prep.inspect"),
     "evaluation_sets": (EvaluationSetsVerb, "data_prep.evaluation_sets"),
     "retrieval_text": (RetrievalTextVerb, "data_prep.retrieval_text.run"),
+    "benchmark": (BenchmarkVerb, "data_prep.benchmark.run"),
     "decontaminate": (DecontaminateVerb, "data_prep.decontaminate.run"),
 }
 """Schema of each verb and the module whose `run` implements it, imported on use."""

@@ -1,26 +1,24 @@
 """LongBench, RULER and any other task of the `lm-eval` package on a trained model, with its own frequencies.
 
+    python -m clex_train.cli.lm_eval run=runs/llama2_7b_clex benchmark=corpora/longbench methods=[none,ntk,clex]
     python -m clex_train.cli.lm_eval run=runs/llama2_7b_clex tasks=[longbench_qasper,longbench_hotpotqa]
     python -m clex_train.cli.lm_eval model=DIR_OR_HUB_NAME tasks=[niah_single_1,ruler_vt] lengths=[4096,16384]
     python -m clex_train.cli.lm_eval run=runs/tiny_clex tasks=[my_task] include=folder/of/yaml limit=20
     deepspeed --module clex_train.cli.lm_eval run=runs/llama2_70b_clex tasks=[longbench] sharded=true
 
-Needs `pip install -r requirements-eval.txt`. Writes `evaluation/lm_eval/<label>.json` in the run folder (or `output`).
-An existing file of other weights, tasks or settings is kept, and the new one is `<label>_2.json`. The same command
-resumes an interrupted evaluation; `dry_run=true` only estimates its cost.
+Needs `pip install -r requirements-eval.txt`. Writes `evaluation/lm_eval/<label>.json` in the run folder (or `output`),
+the table as `<label>.md`, and each task by each method in `<label>.cells/`. An existing file of other weights, tasks or
+settings is kept, and the new one is `<label>_2.json`. The same command resumes an interrupted evaluation, and one with
+more tasks or methods computes only those. `dry_run=true` only estimates its cost.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     # Before the imports that take seconds.
@@ -28,84 +26,34 @@ if __name__ == "__main__":
 
     stop_requests.end_on_signals()
 
-import torch
-
 from clex_train.cli import loading
-from clex_train.cli.load_model import load
-from clex_train.cli.loading import Source
+from clex_train.cli.load_model import load, precision_of
 from clex_train.config.bos import Bos
-from clex_train.config.evaluation import EvaluationConfig
-from clex_train.config.method import Method
 from clex_train.console import arguments as arguments_of
 from clex_train.console import program
-from clex_train.console.loading_keys import METHOD_KEYS, LoadingConfig, with_overrides
 from clex_train.data.bos import adds_bos
-from clex_train.evaluation import methods
-from clex_train.evaluation import provenance as origins
-from clex_train.evaluation.partial_results import Partial
-from clex_train.evaluation.results import FORMAT, Origin
-from clex_train.evaluation.runner import keeping_table, work_of
-from clex_train.measures import harness
+from clex_train.evaluation.runner import work_of
+from clex_train.harness import benchmark, record, requests, run, table
+from clex_train.harness.arguments import LmEvalArguments, LmEvalConfig, check, longest, method_settings
+from clex_train.harness.tasks import Tasks, require_installed
 from clex_train.models import architecture
 from clex_train.models.load import LoadedModel
 from clex_train.models.tokenizer import load_tokenizer
 from clex_train.preflight import evaluation_time
 from clex_train.preflight.evaluation_time import Amount
 from clex_train.retrieval.plan import require_chat_template
-from clex_train.rope.native import native_handle_on_meta
 from clex_train.token_store.vocabulary import check_ids
 from clex_train.tracking.summary import labelled
 from clex_train.utils import distributed, log
-from clex_train.utils.bounds import MOST_TOKENS
-from clex_train.utils.errors import require, require_at_most
-from clex_train.utils.files import make_folder, write_atomically
+from clex_train.utils.errors import require
 
-MOST = {
-    "lengths": MOST_TOKENS,
-    "max_length": MOST_TOKENS,
-    "batch_size": 2**20,
-    "num_fewshot": 10**4,
-    "limit": 10**9,
-}
-"""Largest sensible values."""
-KEPT = ("results", "groups", "configs", "versions", "n-shot", "n-samples")
-TASK_FILES = ("**/*.yaml", "**/*.py", "**/*.json", "**/*.jsonl")
-"""Files of the user's own tasks, and their data in the same folder."""
+if TYPE_CHECKING:
+    import torch
 
-
-logger = log.get(__name__)
-
-
-@dataclass
-class LmEvalArguments(LoadingConfig):
-    """Arguments of the program that runs tasks of lm-eval, without those of scaling methods."""
-
-    tasks: list[str] = field(default_factory=list)
-    """Names of tasks, groups or tags, or patterns such as `longbench_*`."""
-    include: str | None = None
-    """Folder with task files (YAML) of your own."""
-    lengths: list[int] | None = None
-    """Lengths in tokens of tasks that are made at any length (RULER); by default the task's own."""
-    max_length: int | None = None
-    """Most tokens of prompt and answer; longer prompts lose their beginning. By default t_max * L (L without CLEX)."""
-    batch_size: int = 1
-    """Prompts in a forward. They share one t, that of the longest; with 1 each has its own."""
-    num_fewshot: int | None = None
-    """Examples before each question; by default the task's own."""
-    bos: Bos = Bos.auto
-    """BOS at the beginning of prompts. `auto`: as the tokenizer does by default."""
-    limit: int | None = None
-    """Only the first documents of each task."""
-    chat_template: bool = False
-    """Prompts are turns in the chat template of the tokenizer, for instruct models."""
-
-    @property
-    def named_methods(self) -> list[Method] | None:
-        """Methods to compare; None for the unchanged model."""
-        return self.given(("methods",)).get("methods")
-
-
-LmEvalConfig = with_overrides(LmEvalArguments, EvaluationConfig, METHOD_KEYS)
+    from clex_train.cli.loading import Source
+    from clex_train.config.evaluation import EvaluationConfig
+    from clex_train.harness.benchmark import Benchmark
+    from clex_train.utils.protocols import Tokenizer
 
 
 @log.buffered()
@@ -113,19 +61,20 @@ def main() -> None:
     """Run the tasks; names, data and bounds are checked before weights are read."""
     args: LmEvalArguments = arguments_of.parse(LmEvalConfig, sys.argv[1:])
     with arguments_of.named_as_typed(args):
+        loading.check(args)
         check(args)
         _run(args)
 
 
 def _run(args: LmEvalArguments) -> None:
-    harness.require_installed()
+    require_installed()
     if args.run:
         loading.run_config(Path(args.run))
     source = loading.locate(args)
     # Refuses a tokenizer with Python code of its own, which tasks such as RULER's would run without asking.
     tokenizer = load_tokenizer(args.path, source.model)
     check_ids(tokenizer, architecture.embedding_rows(architecture.to_read(source.model)), args.path)
-    max_length = longest(args, source)
+    max_length = longest(args, source.context_len)
     require(
         args.bos is not Bos.always or adds_bos(tokenizer),
         "bos",
@@ -134,70 +83,103 @@ def _run(args: LmEvalArguments) -> None:
     )
     if args.chat_template:
         require_chat_template(tokenizer)
-    spec = _spec(args, source, max_length)
-    metadata: dict[str, Any] = {"tokenizer": args.path, "pretrained": args.path}
-    if args.lengths:
-        metadata["max_seq_lengths"] = args.lengths
-    tasks = harness.Tasks(args.tasks, Path(args.include) if args.include else None, metadata)
-    loading.print_plan("lm_eval", args, source, [labelled("tasks", _tasks(args, tasks, max_length))])
-    loaded, dtype = load(args, source.model)
-    loaded.scale_logits(spec.log_scale or loaded.log_scale)
-    settings = harness.RequestSettings(
+    spec = method_settings(args, source.model, source.context_len, max_length)
+    found_in = benchmark.read(Path(args.benchmark)) if args.benchmark else None
+    tasks = _load_tasks(args, found_in)
+    tasks.require_room(max_length, args.max_prompt, _template_len(tokenizer) if args.chat_template else 0)
+    loading.print_plan("lm_eval", args, source, [labelled("tasks", _describe(args, tasks, max_length))])
+    reader = Reader(args, source, spec)
+    settings = requests.RequestSettings(
         max_length,
         args.batch_size,
         args.limit,
         args.num_fewshot,
         bos=False if args.bos is Bos.never else None,
         in_chat=args.chat_template,
+        truncation=args.cutting,
+        max_prompt=args.max_prompt,
     )
     if args.dry_run:
-        _print_amount(args, loaded, harness.count(loaded, tasks, settings))
+        loaded = reader.load()
+        _print_amount(args, loaded, requests.count(loaded, tasks, settings))
         return
+    _evaluate(args, source, reader, tasks, settings, spec, found_in)
+
+
+def _evaluate(
+    args: LmEvalArguments,
+    source: Source,
+    reader: Reader,
+    tasks: Tasks,
+    settings: requests.RequestSettings,
+    spec: EvaluationConfig,
+    found_in: Benchmark | None,
+) -> None:
+    """Compute the missing cells, print the table and write the files."""
     file = source.output if args.output else source.output.parent / "lm_eval" / source.output.name
-    origin = facts(args, source, tasks, dtype, max_length)
-    kept = loading.resume_partial(args, source.model, file, origin, {"lm_eval": version("lm_eval")})
-    found = list(evaluate(args, loaded, spec, tasks, settings, kept))
+    origin = record.facts(
+        args, source.model, source.label, source.context_len, tasks, reader.dtype(), settings.max_length, found_in
+    )
+    more = {"lm_eval": version("lm_eval")}
+    kept = loading.resume_partial(args, source.model, file, origin, more)
+    identity = loading.identity(args, source.model, origin) | more
+    cells = record.cells(file.with_suffix(".cells"), origin, identity, tasks, found_in)
+    # Without a name, the model is read as it was loaded.
+    names = [""] if args.named_methods is None else [method.value for method in args.named_methods]
+    without_chat = [task.name for task in found_in.tasks if not task.in_chat] if found_in else []
+    found = run.evaluate(run.Job(names, spec, tasks, settings, cells, kept, without_chat), reader.load)
     if distributed.is_main():
-        text = "\n".join(filter(None, map(table, found)))
-        loading.write_results(args, file, origin, text, partial(write, found=found, origin=origin))
+        lines = table.lines(found, found_in, args.limit)
+        text = table.page(lines, found, found_in, args.limit)
+        write = partial(record.write, found=found, origin=origin, lines=lines, text=text)
+        loading.write_results(args, file, origin, text, write)
     kept.remove()
 
 
-class Found(NamedTuple):
-    """The harness's results on the unchanged model, or by a method."""
+class Reader:
+    """Reads the weights once, when a cell needs them."""
 
-    method: str
-    """Empty for the unchanged model."""
-    frequencies: str
-    results: dict[str, Any]
+    def __init__(self, args: LmEvalArguments, source: Source, spec: EvaluationConfig) -> None:
+        self._args, self._source, self._spec = args, source, spec
+        # Ranks that share weights meet while these are read, and cells are looked for by all of them.
+        self._loaded = self._read() if args.sharded else None
 
-    def metrics(self) -> dict[str, float]:
-        """Return values by key."""
-        return harness.metrics(self.results, self.method)
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the forward pass."""
+        return precision_of(self._args)
 
+    def load(self) -> LoadedModel:
+        """Return the model with its logits scaled as asked."""
+        self._loaded = self._loaded or self._read()
+        return self._loaded
 
-def evaluate(
-    args: LmEvalArguments,
-    loaded: LoadedModel,
-    spec: EvaluationConfig,
-    tasks: harness.Tasks,
-    settings: harness.RequestSettings,
-    kept: Partial,
-) -> Iterator[Found]:
-    """Run the tasks on the unchanged model, or with each of the named methods. Collective."""
-    if args.named_methods is None:
-        results = harness.evaluate(loaded, tasks, settings, kept)
-        yield _without_not_run(Found("", loaded.table.method if loaded.table is not None else "none", results))
-        return
-    inserted = methods.insertions(spec, loaded.model, loaded.context_len)
-    for name, frequencies in methods.model_tables(spec, loaded).items():
-        with keeping_table(loaded.handle), inserted.get(name, nullcontext)():
-            loaded.handle.use(frequencies)
-            results = harness.evaluate(loaded, tasks, settings, kept, name)
-        yield _without_not_run(Found(name, frequencies.method, results))
+    def _read(self) -> LoadedModel:
+        loaded, _ = load(self._args, self._source.model)
+        loaded.scale_logits(self._spec.log_scale or loaded.log_scale)
+        return loaded
 
 
-def _print_amount(args: LmEvalArguments, loaded: LoadedModel, counted: harness.Counted) -> None:
+def _load_tasks(args: LmEvalArguments, found: Benchmark | None) -> Tasks:
+    """Load tasks with their data; those of a benchmark by its folder alone."""
+    metadata: dict[str, Any] = {"tokenizer": args.path, "pretrained": args.path}
+    if args.lengths:
+        metadata["max_seq_lengths"] = args.lengths
+    if found is not None:
+        # The folder's own index hides lm-eval's tasks of the same names, which would fetch their data.
+        names = args.tasks or [task.name for task in found.tasks]
+        return Tasks(names, Path(found.place), metadata, alone=True)
+    return Tasks(args.tasks, Path(args.include) if args.include else None, metadata)
+
+
+def _template_len(tokenizer: Tokenizer) -> int:
+    """Return the tokens that the chat template adds to a question."""
+    # The template of an empty question: everything that is added to any.
+    turn = [{"role": "user", "content": ""}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return len(tokenizer(text)["input_ids"])
+
+
+def _print_amount(args: LmEvalArguments, loaded: LoadedModel, counted: requests.Counted) -> None:
     """Print the cost of the tasks: one forward for each prompt, and one for each generated token."""
     num_methods = len(args.named_methods or [None])
     amount = Amount(
@@ -212,125 +194,10 @@ def _print_amount(args: LmEvalArguments, loaded: LoadedModel, counted: harness.C
     evaluation_time.print_forecast(loaded, amount, evaluation_time.MOST_TIMED, False, args.sharded)
 
 
-def _without_not_run(found: Found) -> Found:
-    not_run = harness.remove_not_run(found.results)
-    if not_run and distributed.is_main():
-        logger.info("not run, and left out: %s", ", ".join(not_run))
-    return found
-
-
-def _spec(args: LmEvalArguments, source: Source, max_length: int) -> EvaluationConfig:
-    """Return the methods with their settings; `ConfigError` for one that does not fit the model."""
-    spec = EvaluationConfig(**args.given(METHOD_KEYS), lengths=[max_length])
-    arch = architecture.to_read(source.model)
-    unloaded = native_handle_on_meta(arch, source.context_len, source.model.trust_remote_code)
-    path = str(source.model.path)
-    methods.check(spec, unloaded, architecture.has_field(path), architecture.grid_of_field(path))
-    return spec
-
-
-def _tasks(args: LmEvalArguments, tasks: harness.Tasks, max_length: int) -> str:
+def _describe(args: LmEvalArguments, tasks: Tasks, max_length: int) -> str:
     limit = f", the first {args.limit} documents of each" if args.limit else ""
-    return f"{', '.join(sorted(tasks.names))}: prompts and answers of up to {max_length:,} tokens{limit}"
-
-
-def check(args: LmEvalArguments) -> None:
-    """Raise `ConfigError` for keys that are missing, out of range or contradict each other."""
-    loading.check(args)
-    require_at_most(args, "", MOST)
-    require(all(n >= 2 for n in args.lengths or ()), "lengths", args.lengths, "lengths of at least 2 tokens")
-    require(len(args.tasks) > 0, "tasks", args.tasks, "one or more names, such as tasks=[longbench_qasper]")
-    require(args.include is None or Path(args.include).is_dir(), "include", args.include, "no such folder")
-    require(args.batch_size >= 1, "batch_size", args.batch_size, "at least 1 prompt")
-    require(args.limit is None or args.limit >= 1, "limit", args.limit, "at least 1 document")
-    require(args.num_fewshot is None or args.num_fewshot >= 0, "num_fewshot", args.num_fewshot, "0 or more")
-    require(
-        args.sharded or distributed.world_size() == 1,
-        "sharded",
-        args.sharded,
-        f"{distributed.world_size()} ranks would each do the same; set sharded=true, or start one process",
-    )
-    given = args.given(METHOD_KEYS)
-    require(
-        args.named_methods is not None or not given,
-        "methods",
-        args.named_methods,
-        f"{next(iter(given), '')} goes with a method; name it, as in methods=[lm_infinite]",
-    )
-    # Bounds every number of a method, before the model is looked for.
-    EvaluationConfig(**given)
-
-
-def longest(args: LmEvalArguments, source: Source) -> int:
-    """Return the most tokens of a prompt and its answer; `ConfigError` beyond those that the field was trained for."""
-    t_max = architecture.t_max_of_field(args.path)
-    reach = int((t_max or 1.0) * source.context_len)
-    chosen = args.max_length or reach
-    require(chosen >= 2, "max_length", chosen, "at least 2 tokens")
-    require(
-        t_max is None
-        or chosen <= reach
-        or not {Method.trained, Method.clex} & {*(args.named_methods or [Method.trained])},
-        "max_length",
-        chosen,
-        f"beyond t_max * L = {t_max or 1:g} * {source.context_len}; leave the key out",
-    )
-    return chosen
-
-
-def facts(args: LmEvalArguments, source: Source, tasks: harness.Tasks, dtype: torch.dtype, max_length: int) -> Origin:
-    """Record weights, data and settings; data that tasks download are identified by the tasks' names only."""
-    path, environment, data = Path(str(source.model.path)), origins.environment(dtype), {}
-    if args.include:
-        data = {"path": args.include, "fingerprint": origins.files_hash(Path(args.include), TASK_FILES)}
-    shaping = {key: getattr(args, key) for key in ("lengths", "batch_size", "num_fewshot", "limit")}
-    shaping |= {} if args.bos is Bos.auto else {"bos": args.bos.value}
-    shaping |= {"chat_template": True} if args.chat_template else {}
-    shaping |= json.loads(json.dumps(args.given(METHOD_KEYS), default=lambda choice: choice.value))
-    if "longrope_factors" in shaping:
-        # The contents of the file shape the scores, not its name.
-        shaping["longrope_factors"] = Path(shaping["longrope_factors"]).read_text(encoding="utf-8")
-    return Origin(
-        label=source.label,
-        command=origins.command(),
-        model={"path": str(path), "hash": origins.weights_hash(path), "revision": source.model.revision},
-        data=data,
-        environment=environment,
-        request={
-            "tasks": sorted(tasks.names),
-            **shaping,
-            "max_length": max_length,
-            "context_len": source.context_len,
-            "dtype": environment["dtype"],
-        },
-    )
-
-
-def write(file: Path, found: Sequence[Found], origin: Origin) -> None:
-    """Write the metrics by key, and the harness's own record of tasks, versions and examples, as JSON.
-
-    `frequencies` and `lm_eval` are by method where methods were named.
-    """
-    accounts = {each.method: {key: each.results[key] for key in KEPT if key in each.results} for each in found}
-    frequencies = {each.method: each.frequencies for each in found}
-    content = {
-        "format": FORMAT,
-        **vars(origin),
-        "context_len": origin.request["context_len"],
-        "frequencies": frequencies.get("", frequencies),
-        "max_length": origin.request["max_length"],
-        "metrics": {key: value for each in found for key, value in each.metrics().items()},
-        "lm_eval": accounts.get("", accounts),
-    }
-    make_folder(file.parent)
-    write_atomically(file, json.dumps(content, indent=1, default=str) + "\n")
-
-
-def table(found: Found) -> str:
-    """Format one line a metric."""
-    rows = found.metrics()
-    width = max(map(len, rows), default=0)
-    return "\n".join(f"{key:<{width}}  {value:.4f}" for key, value in rows.items())
+    cut = f", longer ones cut ({args.cutting.value})"
+    return f"{', '.join(sorted(tasks.names))}: prompts and answers of up to {max_length:,} tokens{cut}{limit}"
 
 
 def usage() -> str:

@@ -14,6 +14,11 @@ from clex_train.models.load import LoadedModel, load_for_evaluation
 from clex_train.utils import distributed
 
 
+def precision_of(args: LoadingConfig) -> torch.dtype:
+    """Return the dtype that `load` will read the weights in."""
+    return deepspeed.precision(EngineConfig(precision=args.precision))
+
+
 def load(args: LoadingConfig, model: ModelConfig) -> tuple[LoadedModel, torch.dtype]:
     """Load the model onto this rank's device, whole or this rank's shard of it; also return its dtype. Collective."""
     engine = EngineConfig(precision=args.precision, offload=Offload.all if args.offload_parameters else Offload.none)

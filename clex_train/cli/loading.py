@@ -161,19 +161,26 @@ def resume_partial(
     Weights are identified by their hash, a hub model's by name and revision; the tokenizer and Python code that come
     with them by their files.
     """
-    directory = Path(str(model.path))
     facts = {
         **origin.request,
         **origin.environment,
-        "weights": origin.model.get("hash") or [str(directory), model.revision],
-        "tokenizer": origins.files_hash(directory, TOKENIZER_FILES) if directory.is_dir() else "",
         "data": origin.data.get("fingerprint", ""),
-        "attention": args.attention.value,
-        "sharded": args.sharded,
-        "offload_parameters": args.offload_parameters,
+        **identity(args, model, origin),
         **more,
     }
     return partial_results.resume(output, facts)
+
+
+def identity(args: LoadingConfig, model: ModelConfig, origin: Origin) -> dict[str, Any]:
+    """Identify the model that an evaluation reads, and how: weights, tokenizer, attention, sharding."""
+    directory = Path(str(model.path))
+    return {
+        "weights": origin.model.get("hash") or [str(directory), model.revision],
+        "tokenizer": origins.files_hash(directory, TOKENIZER_FILES) if directory.is_dir() else "",
+        "attention": args.attention.value,
+        "sharded": args.sharded,
+        "offload_parameters": args.offload_parameters,
+    }
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Measures beside perplexity: teacher forcing, lm-eval, and the evaluation inside a run, which combines them all."""
+"""Measures beside perplexity: teacher forcing, and the evaluation inside a run, which combines them all."""

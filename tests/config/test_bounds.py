@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clex_train.cli import lm_eval
+from clex_train.cli import lm_eval, loading
 from clex_train.cli.evaluation_plan import KEYS, EvaluateConfig, parse
 from clex_train.cli.lm_eval import LmEvalConfig
 from clex_train.config import root as configuration
@@ -117,7 +117,9 @@ def test_a_number_of_an_evaluation_is_bounded(key, is_list):
 def test_a_number_of_the_harness_is_bounded(key, is_list):
     def make(value: str) -> None:
         given = f"[{value}]" if is_list else value
-        lm_eval.check(arguments.parse(LmEvalConfig, ["model=x", "tasks=[a]", f"{key}={given}"]))
+        asked = arguments.parse(LmEvalConfig, ["model=x", "tasks=[a]", f"{key}={given}"])
+        loading.check(asked)
+        lm_eval.check(asked)
 
     for value in VALUES:
         line = refusal(lambda value=value: make(value))

@@ -17,8 +17,8 @@ import torch
 
 from clex_train.token_store.writer import write_store
 from tests.evaluation.evaluation_models import VOCAB
-from tests.evaluation.lm_eval_tasks import GENERATION, needs_harness, save_number_model, write_documents
 from tests.evaluation.model_directories import save_model
+from tests.harness.lm_eval_tasks import GENERATION, needs_harness, save_number_model, write_documents
 from tests.helpers.interrupting import SEED, TRIALS, Interrupter, Trial, report
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200 + 240 * TRIALS)]
@@ -47,7 +47,7 @@ def moments(output: Path, lasts: float, generator: random.Random) -> dict[str, C
     return {"starting": starting, "evaluating": evaluating, "evaluating again": evaluating, "ending": ending}
 
 
-def interrupt(folder: Path, command: list[str], numbers: Callable[[Path], Any], found: str) -> list[Trial]:
+def interrupt(folder: Path, command: list[str], numbers: Callable[[Path], Any], *found: str) -> list[Trial]:
     """Interrupt evaluations until there were enough signals; all must end with the undisturbed numbers."""
     generator, trials, log = random.Random(SEED), [], folder / "log"
     outputs = folder / "outputs"
@@ -62,10 +62,12 @@ def interrupt(folder: Path, command: list[str], numbers: Callable[[Path], Any], 
         trials += run.trials
         was_kept = bool(list(outputs.glob("*.partial")))
         said = run.finish()
-        assert (found in said) == was_kept, said
+        said_so = any(text in said for text in found)
+        # A finished cell stays when the file of answers has gone, so it may be found after the end too.
+        assert said_so == was_kept or (said_so and len(found) > 1), said
         goes_on += was_kept
         assert numbers(output) == numbers(whole)
-        assert {path.suffix for path in outputs.iterdir()} == {".json"}, "no partial file is left"
+        assert {path.suffix for path in outputs.iterdir()} <= {".json", ".md", ".cells"}, "no partial file is left"
     report(trials)
     assert goes_on > 0 or TRIALS < 4, "no evaluation was interrupted after it had kept something"
     return trials
@@ -112,4 +114,6 @@ def test_interrupted_lm_eval_tasks_end_with_the_same_scores(tmp_path: Path, monk
         return {key: content[key] for key in ("metrics", "lm_eval", "request", "model", "data", "frequencies")}
 
     command = [sys.executable, "-m", "clex_train.cli.lm_eval", *asked, "precision=fp32"]
-    check_ends(interrupt(tmp_path, command, numbers, "found from an interrupted evaluation"))
+    check_ends(
+        interrupt(tmp_path, command, numbers, "found from an interrupted evaluation", "1 of 1 cells are finished")
+    )

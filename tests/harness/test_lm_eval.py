@@ -17,11 +17,11 @@ from clex_train.cli import lm_eval as program
 from clex_train.config.model import ModelConfig
 from clex_train.console import program as console
 from clex_train.evaluation import partial_results as partial_file
-from clex_train.measures import harness
+from clex_train.harness import requests, scores
 from clex_train.models import load
 from clex_train.models.directory import read_clex
 from tests.evaluation.evaluation_models import CONTEXT_LEN, VOCAB, build_tiny_llama
-from tests.evaluation.lm_eval_tasks import GENERATION, LIKELIHOOD, needs_harness, save_number_model, write_documents
+from tests.harness.lm_eval_tasks import GENERATION, LIKELIHOOD, needs_harness, save_number_model, write_documents
 
 LENGTHS = (9, 30, 60)
 LIMIT = [10**9]
@@ -101,7 +101,7 @@ def test_generation_crosses_a_step_of_t_like_the_model_alone(place, tmp_path, mo
     assert call(monkeypatch, *arguments, "label=mine") == 0
     content = json.loads((tmp_path / "runs" / "mine" / "evaluation" / "lm_eval" / "mine.json").read_text())
     assert content["metrics"]["lm_eval/continued_numbers/exact_match"] == 1.0
-    assert "lm_eval/continued_numbers/exact_match" in capsys.readouterr().out
+    assert "| continued_numbers/exact_match | 1.0000 ± 0.0000 |" in capsys.readouterr().out
 
 
 @needs_harness
@@ -115,7 +115,7 @@ def test_running_again_replaces_repeated_tasks_and_keeps_the_rest(place, tmp_pat
         keys = ["include=tasks", "precision=fp32", "label=mine", *arguments]
         with caplog.at_level("INFO", logger="clex_train"):
             assert call(monkeypatch, f"model={model}", f"tasks=[{tasks}]", *keys) == 0
-        return sorted(path.name for path in (tmp_path / "runs" / "mine" / "evaluation" / "lm_eval").iterdir())
+        return sorted(path.name for path in (tmp_path / "runs" / "mine" / "evaluation" / "lm_eval").glob("*.json"))
 
     assert run() == ["mine.json"]
     assert run(tasks="next_*") == ["mine.json"], "the same task by a pattern"
@@ -199,8 +199,8 @@ def test_the_same_command_resumes_where_it_was_interrupted(
     LIMIT[0] = 10**9
     with caplog.at_level("INFO", logger="clex_train"):
         assert call(monkeypatch, *asked, f"output={output}") == 0
-    assert ": 3 of 3 requests found from an interrupted evaluation (" in caplog.text
-    assert "ntk/" in caplog.text
+    assert "1 of 2 cells are finished (" in caplog.text
+    assert f"ntk/{kind}/" in caplog.text
     assert ": 2 of 3 requests found from an interrupted evaluation (" in caplog.text
     assert len(forwards) <= undisturbed + 2
     whole, content = (json.loads(file.read_text()) for file in (tmp_path / "whole.json", output))
@@ -274,13 +274,13 @@ def test_requests_of_a_document_are_grouped_together() -> None:
         task_name: str
         doc_id: int
 
-    requests = [Request("a", doc) for doc in (0, 0, 1, 1, 1, 2)] + [Request("b", 2)]
-    assert [len(group) for group in harness.groups(requests, 1)] == [2, 3, 1, 1]
-    assert [len(group) for group in harness.groups(requests, 3)] == [5, 2]
+    made = [Request("a", doc) for doc in (0, 0, 1, 1, 1, 2)] + [Request("b", 2)]
+    assert [len(group) for group in requests.groups(made, 1)] == [2, 3, 1, 1]
+    assert [len(group) for group in requests.groups(made, 3)] == [5, 2]
 
 
 def test_a_missing_package_is_named_with_the_install_command(place, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("clex_train.measures.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("clex_train.harness.tasks.find_spec", lambda name: None)
     assert call(monkeypatch, f"model={place / 'model'}", "tasks=[any]") == console.USER_ERROR
     assert "lm-eval is not installed: pip install -r requirements-eval.txt" in capsys.readouterr().err
 
@@ -294,8 +294,8 @@ def test_a_length_that_was_not_run_has_no_score() -> None:
         },
         "groups": {"ruler": {"4096,none": 0.25, "8192,none": -1, "8192_stderr,none": "N/A"}},
     }
-    assert harness.remove_not_run(results) == ["niah_single_1/8192", "ruler/8192"]
-    assert harness.metrics(results) == {
+    assert scores.remove_not_run(results) == ["niah_single_1/8192", "ruler/8192"]
+    assert scores.metrics(results) == {
         "lm_eval/niah_single_1/4096": 0.5,
         "lm_eval/cola/mcc": -1.0,
         "lm_eval/cola/8192_stderr": 0.0,

@@ -1,74 +1,38 @@
 """EleutherAI's lm-evaluation-harness (`lm-eval`: LongBench, RULER, ...) on a model with our frequencies.
 
 The harness runs our model object, so every forward and every generated token uses the t of its length. Rows of a batch
-share the t of the longest; with `batch_size=1` each prompt has its own. The package is optional, and only this file
-imports it.
+share the t of the longest; with `batch_size=1` each prompt has its own. The package is optional, and only
+this package imports it.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from functools import partial
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clex_train.evaluation.partial_results import Partial
-from clex_train.models.load import LoadedModel
+from clex_train.harness.truncation import Message, Shortener, Truncation
 from clex_train.utils import distributed, log, progress, seeding
-from clex_train.utils.errors import ConfigError
-from clex_train.utils.versions import install_command
 
-NOT_RUN = -1
-"""Score of lm-eval's multi-length tasks for a length without prompts."""
+if TYPE_CHECKING:
+    from clex_train.harness.tasks import Tasks
+    from clex_train.models.load import LoadedModel
+
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+CHOICE_LEN = 64
+"""Tokens that a chat leaves for an answer that is scored and not generated."""
 BATCHES = 8
 """Batches in a group of requests; the harness sorts a group by length."""
 
 logger = log.get(__name__)
-
-
-def require_installed() -> None:
-    """Raise `ConfigError` with the remedy when lm-eval is not installed."""
-    if find_spec("lm_eval") is None:
-        raise ConfigError("lm-eval is not installed", None, install_command("eval"))
-
-
-class Tasks:
-    """Tasks with their data, loaded before any weights.
-
-    Args:
-        names: tasks or patterns (`longbench_*`).
-        include: folder with the user's own task files.
-        metadata: parameters of tasks (RULER: `max_seq_lengths`, and the `tokenizer` that counts them).
-
-    Raises `ConfigError` for an unknown name, or when the data cannot be loaded.
-    """
-
-    def __init__(self, names: Sequence[str], include: Path | None, metadata: Mapping[str, Any]) -> None:
-        from lm_eval.tasks import TaskManager
-
-        # At level INFO, it logs every task file that it skips.
-        logging.getLogger("lm_eval").setLevel(logging.WARNING)
-        self.manager = TaskManager(include_path=include, metadata=dict(metadata))
-        for name in names:
-            if not self.manager.match_tasks([name]):
-                raise ConfigError(
-                    "tasks",
-                    f"[{name}]",
-                    "lm-eval has no such task; `lm-eval ls tasks` lists them, and include=FOLDER "
-                    "adds task files of your own",
-                )
-        self.names = self.manager.match_tasks(list(names))
-        self.loaded = _load(self.manager, self.names)
-
-    def load(self, _: object) -> Any:
-        """Return the tasks loaded on creation; replaces the method of the harness's task manager."""
-        return self.loaded
 
 
 @dataclass(frozen=True)
@@ -76,7 +40,7 @@ class RequestSettings:
     """Settings of the requests to the model."""
 
     max_length: int
-    """Tokens of prompt and generation together; the harness truncates longer prompts on the left."""
+    """Tokens of prompt and generation together; longer prompts are truncated."""
     batch_size: int = 1
     """Prompts in a forward pass."""
     limit: int | None = None
@@ -87,21 +51,75 @@ class RequestSettings:
     """False removes BOS from prompts of a tokenizer that adds it; None follows the tokenizer."""
     in_chat: bool = False
     """True formats prompts with the tokenizer's chat template."""
+    truncation: Truncation = Truncation.left
+    """Part that longer prompts lose."""
+    max_prompt: int | None = None
+    """Most tokens of a prompt before the chat template, with `Truncation.middle`; None for all that fit."""
 
 
 def evaluate(
-    loaded: LoadedModel, tasks: Tasks, settings: RequestSettings, kept: Partial | None = None, method: str = ""
-) -> dict[str, Any]:
-    """Run the harness and return its own results (`results`, `configs`, `versions`, ...).
+    loaded: LoadedModel, tasks: Tasks, task: str, settings: RequestSettings, kept: Partial, method: str = ""
+) -> tuple[dict[str, Any], int]:
+    """Run the harness on one task; return its own results (`results`, `configs`, ...) and how many prompts lost tokens.
 
     Collective when the weights are sharded; every rank computes the same. `kept` has the answers of an interrupted
-    evaluation, under the name of `method`.
+    evaluation, under the names of method and task.
     """
     # Requests are not split over ranks: under ZeRO-3 every forward is a collective.
     model = _model(loaded, settings)
+    tasks.select(task)
+    fit = _install_shortener(model, tasks.answer_len(task, CHOICE_LEN), settings)
     for kind in KINDS:
-        setattr(model, kind, InGroups(kind, getattr(model, kind), kept or Partial(), method, settings.batch_size))
-    return distributed.broadcast_object(_simple_evaluate(model, tasks, settings))
+        answer = InGroups(kind, getattr(model, kind), kept, f"{method or 'model'}/{task}", settings.batch_size, fit)
+        setattr(model, kind, answer)
+    results = _simple_evaluate(model, tasks, task, settings)
+    found: tuple[dict[str, Any], int] = distributed.broadcast_object((results, len(fit.shortener.shortened)))
+    return found
+
+
+@dataclass
+class Fit:
+    """Fits requests into the model's length."""
+
+    shortener: Shortener
+    model: Any
+    in_chat: bool
+    is_middle: bool
+
+    def __call__(self, kind: str, requests: Sequence[Any]) -> None:
+        """Shorten the prompts of these requests in place, and count those that the harness will cut."""
+        # A document that is scored as a whole is read in windows; in chat, questions were cut before the template.
+        if kind == KINDS[1] or (self.in_chat and self.is_middle):
+            return
+        for request in requests:
+            text, more = request.args
+            # The last token of an answer that is scored is not read.
+            answer_len = self._generated(more) if kind == KINDS[2] else len(self._answer(more)) - 1
+            fitting = self.shortener.fit(request.doc_id, text, answer_len)
+            request.arguments = (fitting, more)
+
+    def _generated(self, more: Any) -> int:
+        return int(more.get("max_gen_toks", self.model.max_gen_toks))
+
+    def _answer(self, text: str) -> list[int]:
+        found: list[int] = self.model.tok_encode(text, add_special_tokens=False)
+        return found
+
+
+def _install_shortener(model: Any, answer_len: int, settings: RequestSettings) -> Fit:
+    """Shorten questions before the chat template of this model, and return what fits prompts without one."""
+    decode = partial(model.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    shortener = Shortener(model.tok_encode, decode, settings.max_length, settings.max_prompt, settings.truncation)
+    own = model.apply_chat_template
+
+    def rendered(chat_history: list[Message], add_generation_prompt: bool = True) -> Any:
+        render = partial(own, add_generation_prompt=add_generation_prompt)
+        return shortener.fit_chat(chat_history, answer_len, render)
+
+    is_middle = settings.truncation is Truncation.middle
+    if is_middle:
+        model.apply_chat_template = rendered
+    return Fit(shortener, model, settings.in_chat, is_middle)
 
 
 @dataclass
@@ -136,7 +154,10 @@ def count(loaded: LoadedModel, tasks: Tasks, settings: RequestSettings) -> Count
 
     for kind, nothing in zip(KINDS, ((0.0, False), 0.0, ""), strict=True):
         setattr(model, kind, without_answers(kind, nothing))
-    counted.tasks = len(_simple_evaluate(model, tasks, settings)["configs"])
+    for task in tasks.single:
+        tasks.select(task)
+        _simple_evaluate(model, tasks, task, settings)
+        counted.tasks += 1
     return counted
 
 
@@ -157,15 +178,13 @@ def _model(loaded: LoadedModel, settings: RequestSettings) -> Any:
     return model
 
 
-def _simple_evaluate(model: Any, tasks: Tasks, settings: RequestSettings) -> Any:
+def _simple_evaluate(model: Any, tasks: Tasks, task: str, settings: RequestSettings) -> Any:
     from lm_eval.evaluator import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # `simple_evaluate` would read the data again.
-    tasks.manager.load = tasks.load
     return simple_evaluate(
         model=model,
-        tasks=list(tasks.names),
+        tasks=[task],
         task_manager=tasks.manager,
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,
@@ -184,14 +203,21 @@ class InGroups:
     """
 
     def __init__(
-        self, kind: str, answer: Callable[..., list[Any]], kept: Partial, method: str, batch_size: int
+        self,
+        kind: str,
+        answer: Callable[..., list[Any]],
+        kept: Partial,
+        cell: str,
+        batch_size: int,
+        fit: Callable[[str, Sequence[Any]], None],
     ) -> None:
-        self.kind, self._answer, self._kept = kind, answer, kept
-        self._prefix = f"{method or 'model'}/{kind}"
+        self.kind, self._answer, self._kept, self._fit = kind, answer, kept, fit
+        self._prefix = f"{cell}/{kind}"
         self._least = batch_size if batch_size == 1 else BATCHES * batch_size
 
     def __call__(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """Return the answers in the order of the requests."""
+        self._fit(self.kind, requests)
         todo = {f"{self._prefix}/{i}/{_digest(group)}": group for i, group in enumerate(groups(requests, self._least))}
         found = {key: answers[0] for key in todo if (answers := self._kept.find([key], _answers))}
         self._log_found(requests, todo, found)
@@ -241,50 +267,3 @@ def _answers(kept: Any) -> list[Any]:
     """Convert a group's answers back from JSON."""
     # JSON has no tuples, and log-likelihoods are pairs.
     return [tuple(answer) if isinstance(answer, list) else answer for answer in kept]
-
-
-def remove_not_run(results: dict[str, Any]) -> list[str]:
-    """Remove metrics of lengths without prompts, which lm-eval marks by a score of -1; return their names."""
-    # RULER's tasks have a metric named after each of its standard lengths, requested or not.
-    names = []
-    for group in ("results", "groups"):
-        for task, row in results.get(group, {}).items():
-            for metric in [metric for metric, value in row.items() if _is_not_run(metric, value)]:
-                del row[metric]
-                row.pop(metric.replace(",", "_stderr,"), None)
-                names.append(f"{task}/{metric.partition(',')[0]}")
-    return list(dict.fromkeys(names))
-
-
-def _is_not_run(metric: str, value: object) -> bool:
-    return metric.partition(",")[0].isdecimal() and value == NOT_RUN
-
-
-def metrics(results: Mapping[str, Any], method: str = "") -> dict[str, float]:
-    """Flatten the harness's results to `lm_eval/<task>[/<method>]/<metric>[/<filter>]` -> value.
-
-    Standard errors have the metric's name with `_stderr`.
-    """
-    found, by = {}, f"{method}/" if method else ""
-    for task, row in results["results"].items():
-        for name, value in row.items():
-            metric, _, filtered = name.partition(",")
-            if filtered and isinstance(value, (int, float)):
-                found[f"lm_eval/{task}/{by}{metric}" + ("" if filtered == "none" else f"/{filtered}")] = float(value)
-    return found
-
-
-def _load(manager: Any, names: list[str]) -> Any:
-    try:
-        return manager.load(names)
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError("tasks", f"[{','.join(names)}]", f"a package is missing ({reason})") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            "tasks",
-            f"[{','.join(names)}]",
-            f"their data cannot be read ({reason}); without a network, fill the cache of "
-            "datasets (HF_HOME) on a machine that has one",
-        ) from error
