@@ -12,7 +12,7 @@ ENGINES := node-llama-cpp@3.21.1 @node-llama-cpp/linux-x64@3.21.1
 OLDEST := tests/rope tests/attention tests/lm_infinite tests/engine tests/test_api.py tests/checkpoint/test_store.py \
 	tests/models/test_official.py tests/preflight/test_activations.py tests/preflight/test_model_states.py tests/tracking/test_tracker.py \
 	tests/training/test_ode_optimizer.py tests/utils/test_private_names.py tests/report tests/export tests/inspection tests/model_config \
-	tests/data_prep/test_damaged_files.py tests/data_prep/test_readers.py
+	tests/data_prep/test_damaged_files.py tests/data_prep/test_readers.py tests/data_prep/chat tests/adapters tests/generation
 
 # The mathematics, and rooms whose tests run in this process. Left to `make test`: every model family (test_rotary_families,
 # test_lm_infinite_models), and what composes configurations with Hydra (test_config, test_bounds).

@@ -1,6 +1,7 @@
 """Masks of conversations: equal to those of transformers, right to the token, refused where spans are unknown."""
 
 import importlib.util
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -135,10 +136,10 @@ def test_hostile_conversations_are_right_to_the_token(chat_tokenizer, case: str)
 def test_control_tokens_of_messages_are_encoded_as_transformers_sanitizes_them(chat_tokenizer) -> None:
     tokenizer = chat_tokenizer()
     messages = HOSTILE["control tokens"]
-    try:
-        theirs = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True)["input_ids"]
-    except TypeError:
+    # An earlier version takes the option for a variable of the template.
+    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
         pytest.skip("this version of transformers cannot sanitize")
+    theirs = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True)["input_ids"]
     assert ChatTemplate(tokenizer, None, Scored.all).encode(messages).ids.tolist() == theirs
 
 
