@@ -47,11 +47,10 @@ def stop_at_turns(generation_config: Any, stores: Mapping[str, TokenStore]) -> N
     """
     found = (_settings(store).get("stop_id") for store in stores.values())
     ends = {int(token) for token in found if token is not None}
-    if not ends:
-        return
     own = generation_config.eos_token_id
     known = [] if own is None else [own] if isinstance(own, int) else list(own)
-    generation_config.eos_token_id = known + sorted(ends - set(known))
+    if ends - set(known):
+        generation_config.eos_token_id = known + sorted(ends - set(known))
 
 
 def describe(stores: Mapping[str, TokenStore]) -> Iterator[tuple[str, str]]:

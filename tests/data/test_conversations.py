@@ -53,8 +53,8 @@ def test_a_lost_template_is_refused(chats) -> None:
         conversations.use_template(SimpleNamespace(), {"": store})
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, [7]), (2, [2, 7]), ([2, 7], [2, 7]), ([7], [7])])
-def test_generation_stops_at_the_end_of_a_turn_too(chats, own, expected: list[int]) -> None:
+@pytest.mark.parametrize(("own", "expected"), [(None, [7]), (2, [2, 7]), ([2, 7], [2, 7]), (7, 7)])
+def test_generation_stops_at_the_end_of_a_turn_too(chats, own, expected) -> None:
     generation = SimpleNamespace(eos_token_id=own)
     conversations.stop_at_turns(generation, {"": chats("one", stop_id=7)})
     assert generation.eos_token_id == expected

@@ -57,4 +57,4 @@ def test_two_ranks_reproduce_the_loss_curve_of_one(launcher, conversations):
     # What serves the model finds the template and the token that ends a turn.
     final = launcher.folder / "apart_two/final"
     assert (final / "chat_template.jinja").read_text() == Path(TEMPLATE).read_text()
-    assert 2 in json.loads((final / "generation_config.json").read_text())["eos_token_id"]
+    assert json.loads((final / "generation_config.json").read_text())["eos_token_id"] in (2, [2])
