@@ -50,6 +50,8 @@ def test_two_ranks_reproduce_the_loss_curve_of_one(launcher, conversations):
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.tensor(launcher.figures(name, "loss")) for name in ("apart_one", "apart_two"))
     assert len(one) == len(two) == 6
+    # The first step has the same weights; later ones carry the rounding of the updates before them.
+    assert abs(one[0] - two[0]) / one[0] < 1e-6
     assert ((one - two).abs() / one).max() < 1e-5
     for norm in ("grad_norm", "ode_grad_norm"):
         one, two = (torch.tensor(launcher.figures(name, norm)) for name in ("apart_one", "apart_two"))
