@@ -62,7 +62,9 @@ def describe(stores: Mapping[str, TokenStore]) -> Iterator[tuple[str, str]]:
         for source in store.manifest.sources:
             counts.update(source.counts)
         tokens = sum(store.manifest.num_tokens(split) for split in store.manifest.splits)
-        share = f", {100 * counts['scored_tokens'] / tokens:.3g} % of the tokens" if counts["scored_tokens"] else ""
+        share = (
+            f", {100 * counts['scored_tokens'] / tokens:.3g} % of the store's tokens" if counts["scored_tokens"] else ""
+        )
         which = COUNTED.get(str(_settings(store).get("scored")), "the tokens of its mask")
         yield "scored", f"{f'{name}: ' if name else ''}{which}{share}"
 

@@ -40,8 +40,9 @@ def loss_weights(micro_batches: Sequence[MicroBatch], step: int, damage: Damaged
     if total == 0:
         rows = [int(index) for batch in micro_batches for index in batch.row_indices]
         raise RunStopped(
-            f"step {step}: no token can be scored (here of rows {min(rows)} to {max(rows)}): they hold documents "
-            "of one token, or padding; raise optim.batch_rows or set data.document_mask=false"
+            f"step {step}: no token can be scored (here of rows {min(rows)} to {max(rows)}): they hold documents of "
+            "one token, padding, or turns of a conversation that the loss does not count; raise optim.batch_rows or "
+            "data.seq_len, prepare conversations with max_tokens=data.seq_len, or set data.document_mask=false"
         )
     share = len(micro_batches) * distributed.world_size()
     return [int(count) * share / total for count in scored]

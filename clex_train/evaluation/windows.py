@@ -74,6 +74,8 @@ def select(store: TokenStore, longest: int, num_windows: int, seed: int = 0, bos
     A larger `num_windows` keeps the windows of a smaller one. `bos_id` replaces the first token of every span. Raises
     `ConfigError` when no document has `longest` tokens.
     """
+    if store.manifest.is_masked and distributed.is_main():
+        logger.warning("%s holds conversations: perplexity counts all of their tokens, those of users too", store.path)
     require_windows(store, longest)
     # Aligned windows: offsets at multiples of `longest` cannot overlap.
     capacity = np.diff(store.doc_offsets) // longest

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from clex_train.config.engine import EngineConfig
 from clex_train.config.evaluation import EvaluationConfig
+from clex_train.config.method import Method
 from clex_train.config.model import ModelConfig
 from clex_train.engine import deepspeed
 from clex_train.evaluation import methods
@@ -27,8 +28,11 @@ from clex_train.rope.native import native_handle_on_meta
 from clex_train.rope.patch import RotaryHandle
 from clex_train.scaling.frequency_table import TABLE, Frequencies, FrequencyTable
 from clex_train.tracking import summary
+from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.protocols import Tokenizer
+
+logger = log.get(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,13 @@ def _check_ids(ids: list[int], num_rows: int, path: str) -> None:
 def _check_reach(args: GenerateArguments, num_prompt: int, context_len: int) -> None:
     """Raise `ConfigError` for a text beyond the model's own field."""
     t_max = architecture.t_max_of_field(args.path)
+    if t_max is None and args.method in (*methods.OF_THE_MODEL, Method.none) and num_prompt > context_len:
+        logger.warning(
+            "the prompt has %s tokens, more than L = %s: a model that was not extended writes nonsense there; choose a "
+            "method that serves longer texts, such as method=yarn",
+            f"{num_prompt:,}",
+            f"{context_len:,}",
+        )
     if t_max is None or args.method not in methods.OF_THE_MODEL:
         return
     served = int(t_max * context_len)

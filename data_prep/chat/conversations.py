@@ -12,7 +12,11 @@ from data_prep.corpus.readers import CHAT_FIELDS
 from data_prep.corpus.utf8 import Utf8, decode
 
 Messages = list[dict[str, str]]
-COMPLETION = "completion"
+COMPLETION, SYSTEM = "completion", "system"
+TOOLS = ("tools", "functions")
+"""Fields of a record beside its turns that are read: a system message, and tools, which are refused."""
+UNREADABLE = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""Keys of a turn that would change what is rendered, and are refused instead of dropped."""
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -40,6 +44,12 @@ def read(layout: Layout, value: Any, fields: Mapping[str, Any], name: str) -> Me
         messages = _side(value, "user", name) + _side(completion, ASSISTANT, COMPLETION)
     else:
         messages = _turns(layout, value, name)
+    for tools in TOOLS:
+        if fields.get(tools):
+            raise BadRecord(f"field {tools!r} beside {name!r} describes tools, which are not supported")
+    system = _text(fields.get(SYSTEM))
+    if isinstance(system, str) and system and messages[0]["role"] != SYSTEM:
+        messages = [{"role": SYSTEM, "content": system}, *messages]
     if not any(message["role"] == ASSISTANT for message in messages):
         raise BadRecord(f"field {name!r} has no turn of the assistant, so there is nothing to learn")
     return messages
@@ -82,15 +92,25 @@ def _turn(layout: Layout, turn: Any, number: int) -> dict[str, str]:
     role_key, text_key = ("from", "value") if layout is Layout.sharegpt else ("role", "content")
     if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
         other = Layout.messages if layout is Layout.sharegpt else Layout.sharegpt
-        has = ", ".join(map(str, turn)) if isinstance(turn, Mapping) else _kind(turn)
+        if not isinstance(turn, Mapping):
+            raise BadRecord(f"turn {number} is {_kind(turn)} instead of an object with {role_key!r} and {text_key!r}")
+        has = ", ".join(map(str, turn))
         raise BadRecord(
             f"turn {number} has no {role_key!r} and {text_key!r} (it has {has})", f"set layout={other.name}"
         )
-    if turn.get("tool_calls"):
-        raise BadRecord(f"turn {number} calls tools, which is not supported")
+    for key in UNREADABLE:
+        if turn.get(key):
+            raise BadRecord(
+                f"turn {number} has {key!r}, which is not supported", "write it into the text, or remove it"
+            )
+    if turn.get("weight") not in (None, 1):
+        remedy = "remove the key, or set scored=last"
+        raise BadRecord(f"turn {number} has the weight {turn['weight']!r}, which is not supported", remedy)
     role, text = str(_text(turn[role_key])), _text(turn[text_key])
     if not isinstance(text, str):
         raise BadRecord(f"{text_key!r} of turn {number} must be a text, but is {_kind(text)}")
+    if role in ("tool", "function", "observation"):
+        raise BadRecord(f"turn {number} is that of a tool, which is not supported")
     if layout is Layout.sharegpt and role not in SHAREGPT_ROLES:
         raise BadRecord(f"turn {number} is said by {role!r}; known are {', '.join(SHAREGPT_ROLES)}")
     return {"role": SHAREGPT_ROLES[role] if layout is Layout.sharegpt else role, "content": text}
@@ -101,4 +121,5 @@ def _text(value: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    return "empty" if value == [] else type(value).__name__
+    names = {dict: "an object", str: "a text", Utf8: "a text", type(None): "null"}
+    return "empty" if value == [] else names.get(type(value), type(value).__name__)

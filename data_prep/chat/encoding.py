@@ -17,7 +17,9 @@ from data_prep.chat.config import Layout, Scored
 from data_prep.chat.template import ChatTemplate, Encoded
 from data_prep.config import CorpusConfig
 from data_prep.corpus.bad_record import BadRecord
-from data_prep.corpus.documents import SCORED, TRUNCATED, UNSCORED, Document, lookup
+from data_prep.corpus.documents import SCORED, TRUNCATED, UNSCORED, Document, lookup, refuse
+from data_prep.corpus.readers import place
+from data_prep.corpus.sources import Piece
 from data_prep.tokenize.encoding import load_tokenizer
 
 
@@ -33,7 +35,8 @@ class ChatJob:
     @property
     def keep(self) -> tuple[str, ...]:
         """Fields of a record to read beside `field`."""
-        return (conversations.COMPLETION,) if self.layout is Layout.prompt_completion else ()
+        beside = (conversations.SYSTEM, *conversations.TOOLS)
+        return (conversations.COMPLETION, *beside) if self.layout is Layout.prompt_completion else beside
 
     def content(self, fields: Mapping[str, Any], corpus: CorpusConfig) -> bytes:
         """Return the content of a record's document: its messages, serialized."""
@@ -47,16 +50,26 @@ class ChatJob:
 def write(
     documents: Iterator[tuple[int, Document]],
     chat: ChatJob,
+    corpus: CorpusConfig,
+    pieces: Mapping[int, Piece],
     tokenizer: Path,
     facts: TokenizerInfo,
     writers: Mapping[str, ShardWriter],
     counts: Mapping[int, Counter[str]],
     advance: Callable[[int, int, int], object],
 ) -> None:
-    """Encode conversations in order and write them as they come; `counts[source]` is incremented in place."""
+    """Encode conversations in order and write them as they come; `counts[source]` is incremented in place.
+
+    Raises `ConfigError` for a conversation that the template refuses, with its place, unless such are left out.
+    """
     template = ChatTemplate(load_tokenizer(str(tokenizer)), chat.template, chat.scored)
     for source, document in documents:
-        encoded = template.encode(conversations.from_bytes(document.content))
+        try:
+            encoded = template.encode(conversations.from_bytes(document.content))
+        except BadRecord as error:
+            counts[source]["documents"] -= 1
+            refuse(place(pieces[source], document.record), error, corpus, counts[source])
+            continue
         whole = end(encoded, facts.eos_id, ends_turn=template.stop_id is not None)
         kept = cut(whole, facts.eos_id, chat.max_tokens)
         # The first token of a document is never predicted.

@@ -22,6 +22,7 @@ from clex_train.utils.protocols import Tokenizer
 from data_prep.chat.config import ChatVerb
 from data_prep.chat.encoding import ChatJob
 from data_prep.chat.template import ChatTemplate
+from data_prep.config import CorpusConfig
 from data_prep.corpus.documents import SCORED, TRUNCATED, UNSCORED
 from data_prep.corpus.held_out import rule
 from data_prep.corpus.sources import Unit, plan
@@ -41,6 +42,9 @@ def run(config: ChatVerb) -> None:
     Raises:
         InputError: the conversations, the tokenizer, its template or the output cannot be used.
     """
+    own = CorpusConfig().text_field
+    remedy = "a conversation is in `field`: set field=NAME"
+    require(config.corpus.text_field == own, "corpus.text_field", config.corpus.text_field, remedy)
     output, corpus = Path(config.output), replace(config.corpus, text_field=config.field_name)
     config = replace(config, corpus=corpus)
     require_place_of_store(output)

@@ -56,9 +56,9 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str | None, scored: Scored) -> None:
-        self.text = text or getattr(tokenizer, "chat_template", None)
-        if not isinstance(self.text, str):
-            remedy = "it has no chat template; name one, template=FILE, or use the tokenizer of a chat model"
+        self.text = getattr(tokenizer, "chat_template", None) if text is None else text
+        if not isinstance(self.text, str) or not self.text.strip():
+            remedy = "there is no chat template; name one, template=FILE, or use the tokenizer of a chat model"
             raise ConfigError("template", None, remedy)
         # The library's own type: the protocol has no offsets, added tokens or options of templates.
         self._tokenizer: Any = tokenizer
@@ -97,6 +97,9 @@ class ChatTemplate:
             encoded = self.encode(EXAMPLE)
         except BadRecord as error:
             raise ConfigError("template", None, f"{error}; {error.remedy}") from error
+        if not encoded.scored.any():
+            remedy = "the template writes no turn of the assistant; name one that writes messages, template=FILE"
+            raise ConfigError("template", None, remedy)
         added = self._tokenizer.added_tokens_decoder.items()
         control = {i for i, token in added if self._control.fullmatch(token.content)}
         # Behind the last token of the answer's text; a template may write a newline after the end of a turn.
@@ -125,12 +128,20 @@ class ChatTemplate:
     def _by_prefixes(self, messages: Messages, turns: list[int]) -> tuple[str, list[Span]]:
         text, spans = self._apply(messages), []
         for turn in turns:
-            before, until = self._apply(messages[:turn], prompt=True), self._apply(messages[: turn + 1])
+            until = self._apply(messages[: turn + 1])
+            before = self._apply(messages[:turn], prompt=True) if turn else self._header_of_first(until)
             if not (text.startswith(until) and until.startswith(before)):
                 what = "the template renders earlier turns differently once others follow"
                 raise BadRecord(f"{what}, so the assistant's turns cannot be found", TAGS)
             spans.append((len(before), len(until)))
         return text, spans
+
+    def _header_of_first(self, text: str) -> str:
+        """Return what a rendered conversation has before the text of its first turn, which is the assistant's."""
+        # Templates refuse an empty conversation, so the header is what the generation prompt adds to another one.
+        asked = EXAMPLE[:1]
+        header = self._apply(asked, prompt=True).removeprefix(self._apply(asked))
+        return text[: text.index(header) + len(header)] if header in text else f"{text}\0"
 
     def _by_tags(self, messages: Messages) -> tuple[str, list[Span]]:
         found = self._template(

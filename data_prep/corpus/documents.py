@@ -98,7 +98,7 @@ def documents(
             line or row, and remedy.
     """
     if piece.format != "hub" and is_lfs_pointer(piece.path):
-        _refuse(piece.path, BadRecord("a git-lfs pointer instead of the file itself", _LFS_REMEDY), corpus, counts)
+        refuse(piece.path, BadRecord("a git-lfs pointer instead of the file itself", _LFS_REMEDY), corpus, counts)
         return
     reader = READERS[piece.format]
     # Readers convert only these fields, the text first.
@@ -110,7 +110,7 @@ def documents(
         except Unreadable:
             raise
         except BadRecord as error:
-            _refuse(place(piece, raw.number), error, corpus, counts)
+            refuse(place(piece, raw.number), error, corpus, counts)
             continue
         counts["filtered" if document is None else "documents"] += 1
         if document is not None:
@@ -186,7 +186,8 @@ def _encode(text: str) -> bytes:
         raise BadRecord(f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode") from error
 
 
-def _refuse(where: str, error: BadRecord, corpus: CorpusConfig, counts: Counter[str]) -> None:
+def refuse(where: str, error: BadRecord, corpus: CorpusConfig, counts: Counter[str]) -> None:
+    """Raise `ConfigError` for a bad record, or log and count it, by `on_bad_record`."""
     if corpus.on_bad_record is OnBadRecord.error:
         others = "leave such records out with corpus.on_bad_record=skip"
         raise ConfigError(where, None, f"{error}; {error.remedy}, or {others}") from error

@@ -147,7 +147,9 @@ def _tokenize(unit: Unit, job: Job, engine: str, advance: Advance) -> Result:
         items = _documents(unit, job, counts, advance)
         if job.chat is not None:
             by_source = dict(enumerate(counts, start=unit.first_source))
-            chat_encoding.write(items, job.chat, job.partial / TOKENIZER, job.tokenizer, writers, by_source, advance)
+            pieces = dict(enumerate(unit.pieces, start=unit.first_source))
+            facts = (job.partial / TOKENIZER, job.tokenizer)
+            chat_encoding.write(items, job.chat, job.corpus, pieces, *facts, writers, by_source, advance)
         else:
             _encode(_pieces(items, job.cut), unit, job, engine, writers, advance)
         shards = {split: writer.close() for split, writer in writers.items() if writer.num_documents}

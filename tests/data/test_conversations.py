@@ -70,4 +70,4 @@ def test_without_conversations_generation_stops_as_before(chats, tmp_path: Path)
 
 def test_the_opening_lines_say_which_tokens_count(chats) -> None:
     lines = list(conversations.describe({"chat": chats("one")}))
-    assert lines == [("scored", "chat: the turns of the assistant, 50 % of the tokens")]
+    assert lines == [("scored", "chat: the turns of the assistant, 50 % of the store's tokens")]

@@ -133,10 +133,16 @@ BAD = [
     ({"prompt": "a", "completion": "b"}, "set layout=prompt_completion"),
     ({"messages": [{"from": "human", "value": "a"}]}, "turn 1 has no 'role'.*set layout=sharegpt"),
     ({"messages": [{"role": "user", "content": "a"}]}, "no turn of the assistant"),
-    ({"messages": "a"}, "must be a list of turns, but is str"),
+    ({"messages": "a"}, "must be a list of turns, but is a text"),
     ({"messages": []}, "must be a list of turns, but is empty"),
     ({"messages": [{"role": "user", "content": ["a"]}, MESSAGES[0][1]]}, "'content' of turn 1 must be a text"),
-    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "turn 1 calls tools"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "turn 1 has 'tool_calls'"),
+    ({"messages": [{"role": "assistant", "content": "a", "function_call": {}, "weight": 0}]}, "weight 0"),
+    ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]}, "turn 1 has 'reasoning_content'"),
+    ({"messages": [{"role": "tool", "content": "a"}, MESSAGES[0][1]]}, "turn 1 is that of a tool"),
+    ({"messages": MESSAGES[0], "tools": [{"name": "f"}]}, "field 'tools' beside 'messages' describes tools"),
+    ({"messages": [None, MESSAGES[0][1]]}, "turn 1 is null instead of an object"),
+    ({"messages": [{"role": "user", "content": "\ufdd0"}, MESSAGES[0][1]]}, "reserves"),
     ({"messages": [{"role": "user", "content": "\udc00"}, MESSAGES[0][1]]}, "half of a surrogate pair"),
 ]
 
@@ -211,3 +217,44 @@ def test_workers_write_the_same_store(prepare, tmp_path: Path, model_dir: Path) 
         chat.run(ChatVerb(corpus=corpus, tokenizer=tokenizer, output=str(output), workers=workers))
         stores.append(TokenStore(output).fingerprint)
     assert stores[0] == stores[1]
+
+
+def test_a_conversation_that_the_template_refuses_is_named_or_left_out(prepare, tmp_path: Path) -> None:
+    text = (
+        "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('never') }}{% endif %}"
+        "{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    (tmp_path / "strict.jinja").write_text(text)
+    bad = {"messages": [{"role": "user", "content": "bad"}, MESSAGES[0][1]]}
+    records, options = [*WRITTEN[Layout.messages][:2], bad], {"template": str(tmp_path / "strict.jinja")}
+    with pytest.raises(ConfigError, match=r"line 3.*the chat template refuses it \(never\)"):
+        prepare(records, **options)
+    store = prepare(records, "skipping", on_bad_record=OnBadRecord.skip, **options)
+    assert store.num_documents == 2
+    assert store.manifest.sources[0].counts == {**store.manifest.sources[0].counts, "documents": 2, "bad_records": 1}
+
+
+def test_a_conversation_may_begin_with_the_assistant(prepare, chat_tokenizer) -> None:
+    talk = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Hi."}, {"from": "gpt", "value": "So?"}]
+    store = prepare([{"conversations": talk}, WRITTEN[Layout.sharegpt][0]], layout=Layout.sharegpt)
+    assert "Hello.<|im_end|>\nSo?<|im_end|>\n" in [scored for _, scored in documents(store, chat_tokenizer())]
+
+
+def test_a_system_field_becomes_the_first_message(prepare, chat_tokenizer) -> None:
+    store = prepare([{**WRITTEN[Layout.messages][0], "system": "Be brief."}, WRITTEN[Layout.messages][1]])
+    assert documents(store, chat_tokenizer())[0][0].startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
+    )
+
+
+def test_an_empty_template_and_one_without_messages_are_refused(prepare, tmp_path: Path) -> None:
+    for content, message in (("", "there is no chat template"), ("nothing", "writes no turn of the assistant")):
+        (tmp_path / "bad.jinja").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            prepare(WRITTEN[Layout.messages], template=str(tmp_path / "bad.jinja"))
+
+
+def test_a_text_field_is_refused(model_dir: Path) -> None:
+    corpus, tokenizer = CorpusConfig(paths=["a.jsonl"], text_field="talk"), ChatTokenizer(path=str(model_dir))
+    with pytest.raises(ConfigError, match=r"corpus.text_field=talk: a conversation is in `field`"):
+        chat.run(ChatVerb(corpus=corpus, tokenizer=tokenizer))
