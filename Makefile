@@ -22,7 +22,7 @@ FAST := tests/scaling tests/attention tests/data tests/utils tests/helpers tests
 	tests/model_config/test_config_checks.py tests/rope/test_hf_scalings.py tests/rope/test_rotary_gradients.py \
 	tests/models/test_official.py tests/models/test_official_field.py
 
-.PHONY: quickstart smoke demo demo-smoke test test-fast test-oldest test-slow test-gpu test-slurm test-engines check docs dockerfile format environment clean
+.PHONY: quickstart smoke demo demo-smoke test test-fast test-oldest test-slow test-gpu test-slurm test-engines test-eval check docs dockerfile format environment clean
 
 quickstart: environment  ## the whole main job on the standard library's sources, about 15 minutes on 2 cores
 	$(BIN)/python -m launch.quickstart
@@ -57,6 +57,9 @@ test-slurm: .venv/dev  ## on a real SLURM of two nodes, started here from Debian
 test-engines: .venv/dev .engines/installed  ## GGUF files in llama.cpp, by its prebuilt npm package; needs node and npm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine -rs
 
+test-eval: .venv/eval  ## benchmarks against lm-eval itself, which `make test` skips
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/harness
+
 check: .venv/dev dockerfile docs  ## lint, format, types, direction of imports, Dockerfile, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -89,17 +92,21 @@ environment: .venv/run
 	$(BIN)/python $(PIP) -q -r requirements-export.txt -c $(CONSTRAINTS)
 	@touch $@
 
+.venv/eval: requirements-eval.txt .venv/dev
+	$(BIN)/python $(PIP) -q -r requirements-eval.txt -c $(CONSTRAINTS)
+	@touch $@
+
 .engines/installed: Makefile
 	@command -v npm >/dev/null || { echo "error: make test-engines needs node and npm; apt-get install npm"; exit 1; }
 	@mkdir -p .engines
 	npm install --prefix .engines --no-audit --no-fund --ignore-scripts --omit=optional $(ENGINES)
 	@touch $@
 
-.venv/dev: requirements-dev.txt requirements-docs.txt requirements-export.txt .venv/run
+.venv/dev: requirements-dev.txt requirements-adapters.txt requirements-docs.txt requirements-export.txt .venv/run
 	$(BIN)/python $(PIP) -q -r requirements-dev.txt -r requirements-docs.txt -c $(CONSTRAINTS)
 	@touch $@
 
-.venv-oldest/dev: requirements-dev.txt requirements-export.txt requirements.txt constraints-oldest.txt
+.venv-oldest/dev: requirements-dev.txt requirements-adapters.txt requirements-export.txt requirements.txt constraints-oldest.txt
 	@launch/prerequisites.sh $(PYTHON)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python $(PIP) -q -r requirements-dev.txt -c constraints-oldest.txt

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clex_train.gguf.files import contents
+from clex_train.gguf import files
 from data_prep.chat import run as chat
 from data_prep.chat.config import ChatTokenizer, ChatVerb
 from data_prep.config import CorpusConfig
@@ -81,8 +81,7 @@ def test_answers_to_other_questions_have_the_format_in_llama_cpp(run: Path, tmp_
     output = tmp_path / "gguf"
     program("-m", "clex_train.cli.export", f"run={run}", "format=gguf", "length=16384", f"output={output}")
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "final")
-    fields = {field.key: field.value for field in contents(output / "model.gguf").fields}
-    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+    assert files.contents(files.read(output / "model.gguf"), "tokenizer.chat_template") == tokenizer.chat_template
     answers = []
     for ids in prompts(tokenizer):
         job = {"model": str(output / "model.gguf"), "contextSize": 512, "cache": "F16", "tokens": ids[:1]}
