@@ -14,7 +14,7 @@ from typing import Any
 from clex_train.data.bos import adds_bos
 from clex_train.data.conversations import COUNTED
 from clex_train.data.conversations import LARGEST as LARGEST_TEMPLATE
-from clex_train.token_store.manifest import SPLITS, TOKENIZER, Manifest, read_manifest
+from clex_train.token_store.manifest import SPLITS, TOKENIZER, Manifest
 from clex_train.utils import log
 from clex_train.utils.errors import ConfigError, require
 from clex_train.utils.files import BadFile, read_regular
@@ -78,9 +78,10 @@ def run(config: ChatVerb) -> None:
             below=held_out.below,
             chat=chat,
         )
-        publish(partial, complete(job, units, settings, config.workers), output)
-    report(read_manifest(output), output)
-    report_scored(read_manifest(output), config)
+        manifest = complete(job, units, settings, config.workers)
+        publish(partial, manifest, output)
+    report(manifest, output)
+    report_scored(manifest, config)
 
 
 def read_template(path: str | None) -> str | None:

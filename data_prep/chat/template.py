@@ -33,6 +33,7 @@ TAGS = (
     "many models), or set scored=all"
 )
 
+REWRITES = "the template renders earlier turns differently once others follow, so the assistant's turns cannot be found"
 EXAMPLE = [{"role": role, "content": text} for text in ("first", "second") for role in ("user", ASSISTANT)]
 """Two turns each: a template may render a turn differently once others follow."""
 
@@ -131,8 +132,7 @@ class ChatTemplate:
             until = self._apply(messages[: turn + 1])
             before = self._apply(messages[:turn], prompt=True) if turn else self._header_of_first(until)
             if not (text.startswith(until) and until.startswith(before)):
-                what = "the template renders earlier turns differently once others follow"
-                raise BadRecord(f"{what}, so the assistant's turns cannot be found", TAGS)
+                raise BadRecord(REWRITES, TAGS)
             spans.append((len(before), len(until)))
         return text, spans
 
@@ -141,7 +141,9 @@ class ChatTemplate:
         # Templates refuse an empty conversation, so the header is what the generation prompt adds to another one.
         asked = EXAMPLE[:1]
         header = self._apply(asked, prompt=True).removeprefix(self._apply(asked))
-        return text[: text.index(header) + len(header)] if header in text else f"{text}\0"
+        if header not in text:
+            raise BadRecord(REWRITES, TAGS)
+        return text[: text.index(header) + len(header)]
 
     def _by_tags(self, messages: Messages) -> tuple[str, list[Span]]:
         found = self._template(

@@ -66,8 +66,9 @@ def run(config: TokenizeVerb) -> None:
     log_plan(config, units, len(tokenizer), bos)
     with disk_full_explained(output), open_partial(output, settings, config.overwrite) as partial:
         job = _job(config, tokenizer, partial, bos, held_out)
-        publish(partial, complete(job, units, settings, config.workers), output)
-    report(read_manifest(output), output)
+        manifest = complete(job, units, settings, config.workers)
+        publish(partial, manifest, output)
+    report(manifest, output)
 
 
 def log_plan(config: TokenizeVerb, units: list[Unit], vocab_size: int, bos: bool) -> None:
